@@ -1,0 +1,46 @@
+"""Floatline: mixed-precision training that fits, stays finite and runs fast; measured, not assumed.
+
+The public names load where they are first used, so that `import floatline` (and `floatline --help`) need not import
+torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from floatline.errors import FloatlineError
+    from floatline.formats import FORMATS, NumberFormat
+    from floatline.precision import Policy
+    from floatline.step import Guard, StepOutput, TrainStep, Workload
+
+_HOMES = {
+    "FORMATS": "formats",
+    "FloatlineError": "errors",
+    "Guard": "step",
+    "NumberFormat": "formats",
+    "Policy": "precision",
+    "StepOutput": "step",
+    "TrainStep": "step",
+    "Workload": "step",
+}
+
+__all__ = [
+    "FORMATS",
+    "FloatlineError",
+    "Guard",
+    "NumberFormat",
+    "Policy",
+    "StepOutput",
+    "TrainStep",
+    "Workload",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'floatline' has no attribute {name!r}")
+    return getattr(import_module(f"floatline.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,16 @@
+"""What a device can do: the catalog of GPUs, this machine, and what is legal where."""
+
+from floatline.hardware.catalog import CATALOG, Hardware, lookup
+from floatline.hardware.detect import detect, resolve
+from floatline.hardware.legality import Verdict, attention_verdict, format_verdict
+
+__all__ = [
+    "CATALOG",
+    "Hardware",
+    "Verdict",
+    "attention_verdict",
+    "detect",
+    "format_verdict",
+    "lookup",
+    "resolve",
+]

@@ -1,0 +1,169 @@
+"""Put a policy on a model, and take it off again.
+
+Three things can happen to the model: its weights are cast (`-true`), modules named by rules become islands, and the
+forward of the whole model casts its floating inputs (`-true`). Autocast is not on the model but around the step, so it
+is handed out as a context (`AppliedPrecision.autocast`).
+
+Under `-true` floating buffers are cast like weights, with two exceptions: batch-norm keeps its weights and statistics
+in fp32 (running averages with momentum 0.1 stall in 8 bits), and rotary `inv_freq` tables stay fp32 (positions past
+256 are not exact in bf16). Undo restores formats, not bits: a weight that was cast down has lost its low bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from floatline.errors import PrecisionError
+from floatline.precision.islands import DTYPES, ForwardPatch, cast_inputs, make_island
+from floatline.precision.policy import RULE_FORMATS, Policy
+from floatline.select import near_names, select_modules
+
+TARGET_NAMES = frozenset({"labels", "label", "target", "targets"})
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class AppliedPrecision:
+    """What was done to a model; `undo()` takes it back.
+
+    Attributes:
+        policy: The policy that was applied.
+        touched: Dotted names of the modules that rules made islands, with their format ("32", "bf16", "16").
+    """
+
+    policy: Policy
+    device_type: str
+    touched: dict[str, str] = field(default_factory=dict)
+    _patches: list[ForwardPatch] = field(default_factory=list)
+    _formats: list[tuple[torch.Tensor, torch.dtype]] = field(default_factory=list)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context that forward and loss run in."""
+        if not self.policy.base.mixed:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=DTYPES[self.policy.base.compute])
+
+    def undo(self) -> None:
+        """Remove islands and casts and restore every tensor's dtype."""
+        for patch in reversed(self._patches):
+            patch.undo()
+        for tensor, dtype in self._formats:
+            tensor.data = tensor.data.to(dtype)
+        self._patches.clear()
+        self._formats.clear()
+        self.touched.clear()
+
+    def _cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            self._formats.append((tensor, tensor.dtype))
+            tensor.data = tensor.data.to(dtype)  # in place: the optimizer's references stay valid
+            if tensor.grad is not None:
+                tensor.grad = None
+
+
+def apply_precision(model: nn.Module, policy: Policy) -> AppliedPrecision:
+    """Apply `policy` to `model` in place.
+
+    Args:
+        model: Any module. Trainable weights must be fp32 for a `-mixed` policy.
+        policy: What to apply; legality on the device is checked elsewhere (choose.resolve).
+
+    Returns:
+        A handle with the touched modules, the autocast context and `undo()`.
+
+    Raises:
+        PrecisionError: A rule matches nothing or two rules contradict on a module; trainable half-precision weights
+            under a `-mixed` policy.
+    """
+    if policy.base.compute not in DTYPES:
+        raise PrecisionError(
+            f"{policy.name} cannot be applied: training in fp8 is not built yet", hint="use bf16-mixed"
+        )
+    targets = match_rules(model, policy)
+    _refuse_half_weights(model, policy)
+    applied = AppliedPrecision(policy, _device_type(model))
+    if not policy.base.mixed:
+        _cast_weights(applied, model, targets)
+    _patch_forwards(applied, model, targets)
+    return applied
+
+
+def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
+    """Return dotted module name -> format for the policy's rules.
+
+    Raises:
+        PrecisionError: A rule that matches no module, or one module matched by rules with different formats.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for rule in policy.rules:
+        names = select_modules(model, rule.pattern)
+        if not names:
+            near = near_names(model, rule.pattern)
+            raise PrecisionError(
+                f"precision rule {rule} matches no module of {type(model).__name__}",
+                hint="near names: " + ", ".join(near) if near else "names are dotted paths from the model's root",
+            )
+        for name in names:
+            first_pattern, first_format = found.setdefault(name, (rule.pattern, rule.format))
+            if first_format != rule.format:
+                raise PrecisionError(
+                    f"precision rules contradict each other on {name}: {first_pattern}={first_format} and {rule}",
+                    hint="narrow one of the patterns so that each module matches one rule",
+                )
+    return {name: number_format for name, (_, number_format) in found.items()}
+
+
+def _refuse_half_weights(model: nn.Module, policy: Policy) -> None:
+    if not policy.base.mixed:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            half = "16-true" if parameter.dtype == torch.float16 else "bf16-true"
+            why = (
+                "GradScaler cannot unscale fp16 gradients"
+                if policy.base.loss_scaling
+                else "autocast needs fp32 weights, or small updates are lost to rounding"
+            )
+            raise PrecisionError(
+                f"{policy.name} with trainable {parameter.dtype} weights ({name}): {why}",
+                hint=f"load the model in fp32 (model.dtype=fp32), or use precision={half}",
+            )
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
+
+
+def _cast_weights(applied: AppliedPrecision, model: nn.Module, targets: dict[str, str]) -> None:
+    """Cast each module's own tensors to the format of the nearest rule above it, else the policy's."""
+    seen: set[int] = set()
+    formats: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        parent = formats.get(name.rpartition(".")[0], DTYPES[applied.policy.base.weights]) if name else None
+        own = DTYPES[RULE_FORMATS[targets[name]]] if name in targets else None
+        formats[name] = own or parent or DTYPES[applied.policy.base.weights]
+        dtype = torch.float32 if isinstance(module, _BATCH_NORMS) else formats[name]
+        for tensor_name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            if id(tensor) not in seen and not tensor_name.endswith("inv_freq"):
+                seen.add(id(tensor))
+                applied._cast(tensor, dtype)
+
+
+def _patch_forwards(applied: AppliedPrecision, model: nn.Module, targets: dict[str, str]) -> None:
+    base = applied.policy.base
+    outer = None if base.mixed else DTYPES[base.compute]
+    modules = dict(model.named_modules())
+    for name, number_format in targets.items():
+        dtype = DTYPES[RULE_FORMATS[number_format]]
+        patch = make_island(modules[name], dtype, device_type=applied.device_type, outer=outer)
+        applied._patches.append(patch)
+        applied.touched[name] = number_format
+    if outer not in (None, torch.float32):
+        applied._patches.append(cast_inputs(model, outer, TARGET_NAMES))

@@ -1,0 +1,69 @@
+"""Loss scaling: torch's GradScaler where fp16 needs it, and an object that does nothing elsewhere.
+
+fp16 gradients below 6e-8 vanish; multiplying the loss by 2^16 lifts them into range, and the gradients are divided by
+it before they are judged, clipped and used. The scale halves when a scaled gradient overflows and doubles after 2000
+good updates. bf16 has fp32's exponent range and needs none of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class NoLossScaling:
+    """The null object: losses and gradients pass through."""
+
+    active = False
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+    def current(self) -> float | None:
+        """Return the loss scale (on CUDA reading it waits for the device), None without scaling."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class LossScaling(NoLossScaling):
+    """Dynamic loss scaling by `torch.amp.GradScaler`.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        init_scale: First scale; 2^16 is torch's default.
+    """
+
+    active = True
+
+    def __init__(self, device_type: str, init_scale: float = 2.0**16) -> None:
+        self.scaler = torch.amp.GradScaler(device_type, init_scale=init_scale)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.unscale_(optimizer)
+
+    def update(self) -> None:
+        self.scaler.update()
+
+    def current(self) -> float:
+        return float(self.scaler.get_scale())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scaler.load_state_dict(state)

@@ -1,0 +1,216 @@
+"""The one training step. Every command of Floatline runs this loop body, each under another observer.
+
+    for each micro-batch:  forward and loss under the policy's autocast, weighted by its targets, scaled, backward
+    then once:             unscale, judge, clip, update, schedule, forget the gradients
+
+The maths is that of a bare PyTorch loop; what is added is the weighting (micro-batches sum up to the full batch) and
+the verdict (a non-finite update is not made).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from floatline.errors import ConfigError
+from floatline.hardware import detect
+from floatline.hardware.detect import resolve as resolve_hardware
+from floatline.precision import (
+    LossScaling,
+    MasterWeights,
+    NoLossScaling,
+    NoMasterWeights,
+    Policy,
+    apply_precision,
+)
+from floatline.precision import resolve as resolve_precision
+from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
+from floatline.step.guard import Guard, Sentinel
+from floatline.techniques import Technique
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Schedule(Protocol):
+    """Torch's learning-rate schedulers, or anything of their shape."""
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one update did. Tensors stay on the device; reading them is the caller's wait.
+
+    Attributes:
+        loss: 0-d, weighted mean over the micro-batches, as it was (NaN included).
+        grad_norm: 0-d fp32, total 2-norm of the unscaled gradients before clipping.
+        applied: 0-d bool, False where the guard skipped the update.
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    applied: torch.Tensor
+
+
+def total_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Return the 2-norm over all gradients together, 0-d fp32; `get_total_norm` would round it to a half format."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.tensor(0.0)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+class TrainStep:
+    """One optimizer update of `model`, in a given precision, guarded.
+
+    Args:
+        model: Any module, on its device. Changed in place by the precision policy; `undo()` takes that back.
+        optimizer: An optimizer over the model's parameters, or a `callable(params) -> Optimizer`.
+        precision: A policy, its string, or "auto" for the best that the model's device can do.
+        loss: `(model, batch) -> scalar`, a mean over targets; None takes the model's own loss.
+        max_grad_norm: Gradients are scaled down to this total 2-norm; None leaves them.
+        guard: Limits on skipped updates; None for the defaults. The guard itself cannot be switched off.
+        techniques: Applied to the model in this order.
+        schedule: Stepped once an update, also when the update was skipped, so that it ends with the data.
+        count: `batch -> number of targets`, the weight of a micro-batch; None for `batch.target_count`.
+
+    Raises:
+        PrecisionError: The policy is malformed, illegal on the device, or does not fit the model.
+        ConfigError: `max_grad_norm` is not positive, or the model has nothing to train.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="32-true",
+        ...                  loss=lambda model, batch: model(*batch).square().mean())
+        >>> bool(step((torch.ones(2, 4),)).applied)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | OptimizerFactory,
+        precision: str | Policy = "auto",
+        loss: LossFunction | None = None,
+        max_grad_norm: float | None = 1.0,
+        guard: Guard | None = None,
+        techniques: Sequence[Technique] = (),
+        schedule: Schedule | None = None,
+        count: Callable[[Batch], Any] | None = None,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm is {max_grad_norm}", hint="give a positive number, or None")
+        self.model = model
+        self.loss = loss or default_loss
+        self.max_grad_norm = max_grad_norm
+        self.schedule = schedule
+        self.count = count or (lambda batch: target_count(model, batch))
+        self.updates = 0
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        choice = resolve_precision(precision, detect() if self.device.type == "cuda" else resolve_hardware("cpu"))
+        self.policy, self.precision_reason = choice.policy, choice.reason
+        self.techniques = [technique.apply(model) for technique in techniques]
+        self._apply_precision(optimizer)
+        self.sentinel = Sentinel(guard or Guard(), loss_scaling=self.scaling.active)
+
+    def _apply_precision(self, optimizer: torch.optim.Optimizer | OptimizerFactory) -> None:
+        base = self.policy.base
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ConfigError(f"{type(self.model).__name__} has no trainable parameters", hint="unfreeze some of them")
+        exact: dict[torch.Tensor, torch.Tensor] = {}
+        if base.master_weights:
+            exact = {parameter: parameter.detach().clone() for parameter in trainable}
+        self.precision = apply_precision(self.model, self.policy)
+        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trainable)
+        self.masters = MasterWeights(self.optimizer, exact) if base.master_weights else NoMasterWeights()
+        self.scaling = LossScaling(self.device.type) if base.loss_scaling else NoLossScaling()
+
+    def __call__(self, batch: Batch | list[Batch]) -> StepOutput:
+        """Run one update on a batch, or on a list of micro-batches.
+
+        Raises:
+            NonFiniteError: The guard's limit of skipped updates in a row is reached. The weights are untouched.
+            ModelError: The model returns no scalar loss.
+        """
+        micro_batches = batch if isinstance(batch, list) else [batch]
+        loss = self._accumulate(micro_batches)
+        self.masters.pull_gradients()
+        self.scaling.unscale(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = total_norm(parameters)
+        finite = self.sentinel.judge(loss, grad_norm)
+        self._clip_gradients(parameters, grad_norm)
+        self.sentinel.make_update(self.optimizer, finite)
+        self.masters.push_weights()
+        self.scaling.update()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self.sentinel.record(self.updates, loss, grad_norm)
+        return StepOutput(loss, grad_norm, finite)
+
+    def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
+        """Forward and backward of each micro-batch; returns the weighted loss."""
+        total: torch.Tensor | None = None
+        for micro_batch, weight in zip(micro_batches, self._weights(micro_batches), strict=True):
+            with self.precision.autocast():
+                loss = self.loss(self.model, move(micro_batch, self.device))
+            if weight is not None:
+                loss = loss.float() * weight
+            self.scaling.scale(loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        if total is None:
+            raise ConfigError("an update needs at least one micro-batch, the list is empty")
+        return total
+
+    def _weights(self, micro_batches: list[Batch]) -> list[Any]:
+        """Each micro-batch's share of the targets; a single one needs no counting."""
+        if len(micro_batches) < 2:
+            return [None] * len(micro_batches)
+        counts = [self.count(micro_batch) for micro_batch in micro_batches]
+        total = sum(counts)
+        return [count / total for count in counts]
+
+    def _clip_gradients(self, parameters: list[torch.Tensor], grad_norm: torch.Tensor) -> None:
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+
+    def undo(self) -> None:
+        """Take precision and techniques off the model again; the optimizer gets the model's parameters back."""
+        self.masters.undo()
+        self.precision.undo()
+        for applied in reversed(self.techniques):
+            applied.undo()
+        self.techniques = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything an exact resume needs besides the model's own weights."""
+        return {
+            "updates": self.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaling": self.scaling.state_dict(),
+            "masters": self.masters.state(),
+            "guard": self.sentinel.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule is not None else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, after the model's weights were loaded."""
+        self.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaling.load_state_dict(state["scaling"])
+        self.masters.load_state(state["masters"])
+        self.sentinel.load_state_dict(state["guard"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
