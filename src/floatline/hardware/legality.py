@@ -64,7 +64,7 @@ def attention_verdict(hardware: Hardware, kernel: str) -> Verdict:
         raise ConfigError(f"unknown attention kernel {kernel!r}", hint=did_you_mean(kernel, _KERNEL_NEEDS))
     if hardware.kind == "cpu":
         ok = kernel in {"math", "flash", "flex"}
-        return Verdict(ok, f"{kernel} attention {'has' if ok else 'has no'} CPU kernel in torch")
+        return Verdict(ok, f"{kernel} attention {'has a' if ok else 'has no'} CPU kernel in torch")
     return _capability_verdict(hardware, f"{kernel} attention", _KERNEL_NEEDS[kernel], "kernels")
 
 

@@ -13,8 +13,35 @@ Not covered: remote code (`trust_remote_code`), quantised checkpoints, video inp
 from __future__ import annotations
 
 import importlib.util
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from torch import nn
+
+from floatline.errors import ConfigError, ModelError
+from floatline.precision.islands import DTYPES
+
+
+def has_torchvision() -> bool:
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def require_transformers() -> Any:
+    """Return the transformers module.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "training from a recipe needs transformers, which is not installed",
+            hint='pip install "floatline[train]"',
+        ) from None
+    return transformers
 
 
 @cache
@@ -42,5 +69,90 @@ def image_only(processor_class: type) -> type:
     return ImageOnly
 
 
-def has_torchvision() -> bool:
-    return importlib.util.find_spec("torchvision") is not None
+def load_processor(path: str) -> Any:
+    """Return the processor of a model directory: with images where it has them, else the tokenizer.
+
+    Raises:
+        ModelError: The directory is missing or holds neither processor nor tokenizer, or has no chat template.
+    """
+    transformers = require_transformers()
+    try:
+        processor = _processor_class(path, transformers).from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"no processor can be loaded from {path}: {_first_line(error)}",
+            hint="model.path must be a Hugging Face directory (or a hub id) with tokenizer and processor files",
+        ) from None
+    if not getattr(processor, "chat_template", None):
+        raise ModelError(f"{path} has no chat template", hint="add chat_template.jinja to the directory")
+    return processor
+
+
+def _processor_class(path: str, transformers: Any) -> Any:
+    """The class that `processor_class` names, without its video side where torchvision is missing."""
+    name = _named_processor(path)
+    named = getattr(transformers, name, None) if name else None
+    if named is None:
+        return transformers.AutoProcessor
+    if "video_processor" in named.get_attributes() and (not has_torchvision() or _has_no_video_files(path)):
+        return image_only(named)
+    return named
+
+
+def _named_processor(path: str) -> str | None:
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        name = _read_json(path, file).get("processor_class")
+        if name:
+            return str(name)
+    return None
+
+
+def _has_no_video_files(path: str) -> bool:
+    return Path(path).is_dir() and not (Path(path) / "video_preprocessor_config.json").exists()
+
+
+def _read_json(path: str, file: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+
+
+def load_model(path: str, dtype: str) -> nn.Module:
+    """Return the model of a directory or hub id, on the CPU.
+
+    Args:
+        path: Hugging Face directory or hub id: vision-language models first, else causal language models.
+        dtype: Format of the weights: "fp32", "bf16" or "fp16".
+
+    Raises:
+        ModelError: Nothing there, an unknown architecture, damaged weights, or weights missing from the files.
+    """
+    transformers = require_transformers()
+    _check_place(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        image_text = transformers.AutoModelForImageTextToText
+        auto = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
+        model, info = auto.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True)
+    except Exception as error:  # transformers and safetensors raise many types for one thing: it cannot be loaded
+        raise ModelError(
+            f"no model can be loaded from {path}: {_first_line(error)}",
+            hint="model.path must hold config.json and weights (safetensors) of a vision-language or causal model",
+        ) from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{path} lacks {len(info['missing_keys'])} weights, e.g. {sorted(info['missing_keys'])[0]}",
+            hint="the files are incomplete; download or save the model again",
+        )
+    return model
+
+
+def _check_place(path: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).is_dir():
+        raise ModelError(f"model.path={path}: no such directory", hint="give a directory or a hub id like Qwen/NAME")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

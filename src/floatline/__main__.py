@@ -1,0 +1,5 @@
+"""`python -m floatline` is `floatline`."""
+
+from floatline.cli import main
+
+main()

@@ -1,0 +1,152 @@
+"""The command line, thin: one function a command. Data goes to stdout, progress and logs to stderr.
+
+Exit codes: 0 fine, 1 the answer is "no" (a run stopped by its guard), 2 the user's mistake. Nothing heavy is imported
+before a command needs it, so `floatline --help` does not load torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from floatline.errors import FloatlineError
+
+app = typer.Typer(
+    name="floatline",
+    help="Mixed-precision training that fits, stays finite and runs fast; measured, not assumed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    try:
+        app()
+    except FloatlineError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. train.lr=1e-4.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model from a recipe, or go on with a run that was interrupted.
+
+    Killed, stopped or full disk: the same command goes on from the newest sound checkpoint.
+    """
+    from floatline.train import load_recipe
+    from floatline.train import train as run_training
+
+    loaded = load_recipe(recipe, overrides or [])
+    command = " ".join(["floatline", "train", str(recipe), *(overrides or [])])
+    result = run_training(loaded, command=command)
+    page = _try_report(result.path)
+    if as_json:
+        _print_json({"run": str(result.path), "status": result.status, "result": result.evaluation, "report": page})
+    else:
+        print(_train_summary(result.path, result.status))
+        print(f"report: {page}" if page else f"run: {result.path}")
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _train_summary(path: Path, status: str) -> str:
+    from floatline.report import load_run, render_text
+
+    return f"{path}: {status}\n{render_text([load_run(path)])}"
+
+
+def _try_report(path: Path) -> str | None:
+    """Write the page; a missing plotting package must not fail a run that is done."""
+    from floatline.report import load_run, write_html
+
+    target = path / "report.html"
+    try:
+        write_html([load_run(path)], target)
+    except FloatlineError as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return None
+    return str(target)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are set side by side.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; report.html in the one run.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the report as text, write no page.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page about one run or several side by side."""
+    from floatline.report import load_run, render_text, write_html
+
+    loaded = [load_run(path) for path in runs]
+    if text:
+        print(render_text(loaded))
+        return
+    target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_html(loaded, target)
+    if as_json:
+        _print_json({"report": str(target), "runs": [str(path) for path in runs]})
+    else:
+        print(target)
+
+
+@app.command()
+def doctor(
+    hardware: Annotated[str, typer.Option(help="auto is this machine; or cpu, t4, a100-40gb, h200, ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what this machine (or a GPU of the catalog) can do, and why."""
+    from floatline.doctor import diagnose_machine, doctor_text
+
+    facts = diagnose_machine(hardware)
+    if as_json:
+        _print_json(facts)
+    else:
+        print(doctor_text(facts))
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """Print the table of number formats, computed from their bit layout."""
+    from floatline.formats import format_rows
+
+    rows = format_rows()
+    if as_json:
+        _print_json(rows)
+        return
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        print("  ".join(_cell(key, value) for key, value in row.items()).rstrip())
+
+
+def _cell(key: str, value: object) -> str:
+    width = {"format": 9, "exponent_bits": 13, "exact_integers": 16}.get(key, 13)
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    shown = "-" if value is None else str(value)
+    return shown.ljust(width) if key in {"format", "top_codes"} else shown.rjust(width)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The training loop: update, log, evaluate, checkpoint, until the last update; then test the best checkpoint.
+
+A run can be killed at any moment. Run the same command again: it goes on from the newest sound checkpoint with the
+same data order and random state, so the losses are those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from floatline.errors import FloatlineError, NonFiniteError
+from floatline.observe import peak_memory, reset_peak_memory
+from floatline.train import rng
+from floatline.train.checkpoint import prune, save_checkpoint
+from floatline.train.data import token_counts
+from floatline.train.evaluate import Evaluation
+from floatline.train.hub import load_model
+from floatline.train.manifest import Manifest
+from floatline.train.progress import make_view
+from floatline.train.recipe import Recipe
+from floatline.train.rundir import RunDirectory
+from floatline.train.setup import Run, prepare
+from floatline.train.telemetry import Telemetry
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to end; a checkpoint was written first."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        path: The run directory.
+        status: "finished", "already finished" or "interrupted".
+        evaluation: The last evaluation: of the test split where there is one, else of validation.
+    """
+
+    path: Path
+    status: str
+    evaluation: dict[str, Any] | None
+
+
+def train(recipe: Recipe, *, command: str = "", console: Console | None = None) -> RunResult:
+    """Train what `recipe` describes, from the newest checkpoint in its run directory or from the start.
+
+    Args:
+        recipe: What to train; see `load_recipe`.
+        command: Noted in run.json.
+        console: Where progress goes, stderr by default.
+
+    Raises:
+        FloatlineError: Anything in recipe, data, model or disk that is not right; NonFiniteError when the guard stops
+            the run.
+    """
+    console = console or Console(stderr=True)
+    with RunDirectory(recipe.run.dir) as rundir:
+        manifest = Manifest(rundir)
+        if manifest.values.get("status") == "finished" and _same_recipe(manifest, recipe):
+            return RunResult(rundir.path, "already finished", manifest.values.get("result"))
+        manifest.begin(command)
+        try:
+            run = prepare(recipe, rundir, manifest, lambda text: console.print(text, markup=False, highlight=False))
+            result = Loop(run, console).run()
+        except Interrupted:
+            manifest.end("stopped", "interrupted; run the same command again to go on")
+            return RunResult(rundir.path, "interrupted", None)
+        except NonFiniteError as error:
+            manifest.end("stopped", str(error))
+            raise
+        except FloatlineError as error:
+            _note_failure(manifest, error)
+            raise
+        manifest.end("finished")
+        return RunResult(rundir.path, "finished", result)
+
+
+def _same_recipe(manifest: Manifest, recipe: Recipe) -> bool:
+    return recipe.model_dump(mode="json") in (manifest.values.get("asked"), manifest.values.get("resolved"))
+
+
+def _note_failure(manifest: Manifest, error: FloatlineError) -> None:
+    try:
+        manifest.end("failed", str(error))
+    except FloatlineError:  # a full disk: the error on the screen is all there is
+        return
+
+
+class Loop:
+    """One process's part of a run."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run_ = run
+        self.recipe = run.recipe
+        self.step = run.step
+        self.steps = run.recipe.train.steps or 0
+        state = run.state or {}
+        self.epoch: int = state.get("epoch", 0)
+        self.best: dict[str, Any] | None = state.get("best")
+        self.stop = threading.Event()
+        run.rundir.cut_metrics(self.step.updates)
+        view = make_view(console, self.steps, self.step.updates)
+        self.telemetry = Telemetry(run.rundir, run.step, view, run.recipe.run.log_every or 1, self.step.updates)
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end, then test; returns the last evaluation's record."""
+        self._note_start()
+        try:
+            with _signals_to(self.stop):
+                for batch in self._batches():
+                    self._update(batch)
+                self.telemetry.flush()
+            return self._finish()
+        finally:
+            self.telemetry.close()
+
+    def _note_start(self) -> None:
+        reset_peak_memory(self.step.device)
+        parameters = list(self.step.model.parameters())
+        values = self.run_.manifest.values
+        resumed = values.get("resumed", [])
+        if self.run_.state is not None:
+            resumed = [*resumed, {"at_step": self.step.updates, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]
+        self.run_.manifest.update(
+            resumed=resumed,
+            parameters={
+                "total": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            },
+        )
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield one update's data after the other, epoch by epoch, from where the checkpoint left off."""
+        loader = self.run_.loader
+        if self.run_.state is not None:
+            loader.load_state_dict(self.run_.state["loader"])
+        while self.step.updates < self.steps:
+            iterator = iter(loader)
+            if self.run_.state is not None:  # after the iterator was made: making one draws random numbers
+                rng.restore(self.run_.state["rng"])
+                self.run_.state = None
+            for batch in iterator:
+                yield batch
+                if self.step.updates >= self.steps:
+                    return
+            self.epoch += 1
+
+    def _update(self, batch: Any) -> None:
+        """One update and what is due after it."""
+        micro_batches = batch if isinstance(batch, list) else [batch]
+        targets, tokens = map(sum, zip(*(token_counts(micro) for micro in micro_batches), strict=True))
+        lr = self.step.optimizer.param_groups[0]["lr"]
+        output = self.step(batch)
+        done = self.step.updates
+        record = {
+            "step": done,
+            "epoch": done * self.recipe.train.batch_size / len(self.run_.datasets["train"]),
+            "lr": lr,
+            "samples": self.recipe.train.batch_size,
+            "target_tokens": targets,
+            "tokens": tokens,
+        }
+        self.telemetry.add(output, record)
+        self._after_update(done)
+
+    def _after_update(self, done: int) -> None:
+        last = done == self.steps
+        due = done % (self.recipe.train.checkpoint_every or self.steps) == 0
+        improved = self._evaluate(done) if self._evaluation_due(done) else False
+        if due or improved or last or self.stop.is_set():
+            self.telemetry.flush()
+            self._save()
+        if self.stop.is_set() and not last:
+            raise Interrupted
+        if due or improved or last:
+            self.telemetry.restart_clock()
+
+    def _evaluation_due(self, done: int) -> bool:
+        if "validation" not in self.run_.datasets:
+            return False
+        return done == self.steps or done % (self.recipe.eval.every or self.steps) == 0
+
+    def _evaluate(self, done: int) -> bool:
+        """Evaluate on validation; say whether this is the best so far."""
+        self.telemetry.flush()
+        dataset = self.run_.datasets["validation"]
+        evaluation = self.run_.evaluator.evaluate(dataset, "validation", generate=self.recipe.eval.generate)
+        self.telemetry.evaluation(evaluation, done)
+        self._write_answers(evaluation)
+        self.telemetry.restart_clock()
+        return self._note_best(evaluation, done)
+
+    def _note_best(self, evaluation: Evaluation, done: int) -> bool:
+        metric = self.recipe.eval.metric or "loss"
+        value = evaluation.accuracy if metric == "accuracy" else evaluation.loss
+        if value is None or value != value:
+            return False
+        if self.best is not None and not _better(metric, value, self.best["value"]):
+            return False
+        self.best = {"best_step": done, "metric": metric, "value": value}
+        return True
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment and prune old ones."""
+        run = self.run_
+        state = {
+            "step": self.step.state_dict(),
+            "loader": run.loader.state_dict(),
+            "rng": rng.capture(),
+            "epoch": self.epoch,
+            "best": self.best,
+        }
+        save_checkpoint(run.rundir.checkpoints, self.step.updates, state, self._write_model)
+        keep = {self.best["best_step"]} if self.best else set()
+        prune(run.rundir.checkpoints, keep_last=self.recipe.train.keep_last, keep=keep)
+        run.manifest.update(best=self.best, peak_memory_bytes=peak_memory(self.step.device))
+
+    def _write_model(self, directory: Path) -> None:
+        self.step.model.save_pretrained(directory)  # type: ignore[operator]
+        self.run_.processor.save_pretrained(directory)
+
+    def _write_answers(self, evaluation: Evaluation) -> None:
+        lines = [json.dumps(asdict(answer)) + "\n" for answer in evaluation.answers]
+        self.run_.rundir.write_text("samples.jsonl", "".join(lines))
+
+    def _finish(self) -> dict[str, Any] | None:
+        """Test the best checkpoint where there is test data; note the result."""
+        run = self.run_
+        result: dict[str, Any] | None = dict(self.best) if self.best else None
+        if "test" in run.datasets:
+            step = self._load_best()
+            evaluation = run.evaluator.evaluate(run.datasets["test"], "test", generate=self.recipe.eval.generate)
+            self.telemetry.evaluation(evaluation, step)
+            self._write_answers(evaluation)
+            result = {**(result or {}), **evaluation.record(step)}
+        run.manifest.update(result=result, peak_memory_bytes=peak_memory(self.step.device))
+        return result
+
+    def _load_best(self) -> int:
+        """Put the best checkpoint's weights into the model; returns its update."""
+        if self.best is None or self.best["best_step"] == self.step.updates:
+            return self.step.updates
+        path = self.run_.rundir.checkpoints / f"step-{self.best['best_step']:08d}"
+        best = load_model(str(path), self.recipe.model.dtype or "fp32")
+        self.step.model.load_state_dict(best.state_dict())
+        return int(self.best["best_step"])
+
+
+def _better(metric: str, value: float, best: float) -> bool:
+    return value > best if metric == "accuracy" else value < best
+
+
+class _signals_to:
+    """While active, SIGINT and SIGTERM set an event instead of killing the process; a second SIGINT kills."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __enter__(self) -> None:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

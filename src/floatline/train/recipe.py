@@ -1,0 +1,214 @@
+"""The recipe: what a run is, as YAML with dotted overrides.
+
+    model: {path: Qwen/Qwen3-VL-2B-Instruct}
+    data:  {train: train.jsonl, validation: validation.jsonl}
+    train: {epochs: 3, batch_size: 32, lr: 1e-4}
+
+Every key has a type, a range and a default; `null` means "decide for me", and train/resolve.py fills it in with a
+reason. Unknown keys are errors that name the nearest known key. Paths are taken relative to the working directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from floatline.errors import ConfigError, did_you_mean
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    path: Annotated[str, Field(description="Hugging Face directory or hub id")]
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="format the weights are loaded in")
+
+
+class DataSection(Section):
+    train: Annotated[str, Field(description="messages JSONL to train on")]
+    validation: str | None = Field(None, description="messages JSONL for evaluation during the run")
+    test: str | None = Field(None, description="messages JSONL for the final evaluation of the best checkpoint")
+    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="what an unusable sample does")
+    max_pixels: Count | None = Field(None, description="largest image (width x height) that is accepted")
+    max_answer_tokens: Count = Field(64, description="longest answer that is accepted, and longest generated")
+    max_length: Count | None = Field(None, description="longest sequence that is accepted, in tokens")
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="processes that prepare samples")
+    cache_bytes: Annotated[int, Field(ge=0)] | None = Field(None, description="memory for prepared samples")
+
+
+class TrainSection(Section):
+    steps: Count | None = Field(None, description="optimizer updates; give steps or epochs")
+    epochs: Positive | None = Field(None, description="passes over the training data; give steps or epochs")
+    batch_size: Count = Field(8, description="samples per optimizer update")
+    micro_batch_size: Count | None = Field(None, description="samples per forward; divides batch_size")
+    lr: Positive = Field(1e-4, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="course after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="updates of linear warm-up")
+    final_lr_share: Share = Field(0.0, description="learning rate at the end, as a share of lr")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's moment decays")
+    max_grad_norm: Positive | None = Field(1.0, description="clip to this gradient norm; null switches it off")
+    seed: int = Field(0, description="seeds python, numpy, torch and the data order")
+    checkpoint_every: Count | None = Field(None, description="updates between checkpoints")
+    keep_last: Count = Field(2, description="checkpoints kept besides the best")
+
+
+class EvalSection(Section):
+    every: Count | None = Field(None, description="updates between evaluations on data.validation")
+    batch_size: Count | None = Field(None, description="samples per forward in evaluation")
+    max_samples: Count | None = Field(None, description="samples of data.validation that are used")
+    generate: bool = Field(True, description="also answer the questions and score exact matches")
+    metric: Literal["accuracy", "loss"] | None = Field(None, description="what makes a checkpoint the best")
+
+
+class GuardSection(Section):
+    max_faults_in_a_row: Count = Field(5, description="non-finite updates in a row that stop the run")
+    max_overflows_in_a_row: Count = Field(24, description="loss-scale reductions in a row that stop the run")
+
+
+class RunSection(Section):
+    dir: Annotated[str, Field(description="directory of this run; created, locked, resumed from")] = "runs/latest"
+    log_every: Count | None = Field(None, description="updates between reads of the loss from the device")
+    threads: Count | None = Field(None, description="CPU threads of torch")
+
+
+class Recipe(Section):
+    """A whole recipe. See `floatline train --help` and docs/reference/recipe.md for every key."""
+
+    model: ModelSection
+    data: DataSection
+    precision: str = Field("auto", description="a policy: auto, bf16-mixed, '16-mixed; lm_head=32', ...")
+    hardware: str = Field("auto", description="whose rules apply: auto (this machine), cpu, t4, a100-40gb, ...")
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    guard: GuardSection = GuardSection()
+    run: RunSection = RunSection()
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides.
+
+    Args:
+        path: YAML file.
+        overrides: e.g. ["train.lr=1e-4", "precision=16-mixed"]; values are YAML.
+
+    Raises:
+        ConfigError: The file is missing or no YAML mapping, a key is unknown, or a value does not fit.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_recipe(tree, where=str(path))
+
+
+def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a nested dict as a recipe; `where` names it in errors.
+
+    Raises:
+        ConfigError: As `load_recipe`.
+    """
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+    if recipe.train.steps is not None and recipe.train.epochs is not None:
+        raise ConfigError(
+            f"{where}: train.steps={recipe.train.steps} and train.epochs={recipe.train.epochs} are both set",
+            hint="set one of them to null",
+        )
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist", hint="see examples/ for recipes that run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path} holds a {type(tree).__name__}, not sections", hint="see examples/")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not KEY=VALUE", hint="write e.g. train.lr=1e-4")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+        tree = inner
+    try:
+        tree[name] = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        tree[name] = text
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """Turn pydantic's first complaint into one sentence with the dotted key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *path, name = (str(part) for part in first["loc"])
+        return ConfigError(f"{where}: unknown key {key}", hint=_near_keys(path, name))
+    if first["type"] == "missing":
+        return ConfigError(f"{where}: {key} is missing", hint=f"add it: {key}=... on the command line, or in the file")
+    return ConfigError(f"{where}: {key}={first['input']!r}: {first['msg']}", hint=_describe(first["loc"]))
+
+
+def keys_of(path: list[str]) -> list[str]:
+    """Return the key names of a section given by its path ([] is the top)."""
+    model: type[BaseModel] = Recipe
+    for part in path:
+        model = model.model_fields[part].annotation or Recipe
+    return list(model.model_fields)
+
+
+def _near_keys(path: list[str], name: str) -> str:
+    hint = did_you_mean(name, keys_of(path))
+    if hint.startswith("allowed") and not path:
+        homes = [f"{section}.{name}" for section in keys_of([]) if name in _section_keys(section)]
+        if homes:
+            return f"did you mean {homes[0]!r}?"
+    return hint
+
+
+def _section_keys(section: str) -> list[str]:
+    annotation = Recipe.model_fields[section].annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def _describe(loc: tuple[int | str, ...]) -> str:
+    model: Any = Recipe
+    for part in loc:
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            break
+        field = fields[part]
+        model = field.annotation
+        if field.description:
+            allowed = [str(value) for value in _literals(field.annotation)]
+            return field.description + (f"; allowed: {', '.join(allowed)}" if allowed else "")
+    return ""
+
+
+def _literals(annotation: Any) -> list[Any]:
+    found: list[Any] = []
+    for inner in get_args(annotation):
+        found += [inner] if isinstance(inner, str) else _literals(inner)
+    return found

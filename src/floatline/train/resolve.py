@@ -1,0 +1,157 @@
+"""Fill in what a recipe leaves open; every automatic choice carries its reason.
+
+The result is a recipe without gaps, which runs the same again, and a list of `AutomaticChoice` for the screen, run.json
+and the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from floatline.errors import ConfigError
+from floatline.hardware import Hardware
+from floatline.hardware import resolve as resolve_hardware
+from floatline.precision import Policy
+from floatline.precision import resolve as resolve_precision
+from floatline.train.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class AutomaticChoice:
+    """One value that the recipe left open, and why it is what it is."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass
+class Resolved:
+    """A recipe without gaps, its policy, and the choices that were made for the user."""
+
+    recipe: Recipe
+    policy: Policy
+    device: torch.device
+    choices: list[AutomaticChoice] = field(default_factory=list)
+
+    def choices_as_dicts(self) -> list[dict[str, Any]]:
+        return [asdict(choice) for choice in self.choices]
+
+
+def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
+    """Decide everything that `recipe` leaves open.
+
+    Args:
+        recipe: As the user wrote it.
+        train_samples: Number of usable training samples.
+
+    Raises:
+        ConfigError: Sizes that do not fit together.
+        PrecisionError: The precision is illegal on the hardware.
+    """
+    open_recipe = _Filler(recipe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hardware = resolve_hardware(recipe.hardware)
+    policy = _fill_precision(open_recipe, hardware)
+    _fill_sizes(open_recipe, train_samples)
+    _fill_data(open_recipe, device)
+    _fill_rhythm(open_recipe, device)
+    return Resolved(parse_recipe(open_recipe.tree, "resolved recipe"), policy, device, open_recipe.choices)
+
+
+class _Filler:
+    """A recipe as a tree, with the choices made so far."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.tree: dict[str, Any] = recipe.model_dump(mode="json")
+        self.choices: list[AutomaticChoice] = []
+
+    def get(self, key: str) -> Any:
+        section, name = key.split(".")
+        return self.tree[section][name]
+
+    def fill(self, key: str, value: Any, reason: str) -> Any:
+        """Set `key` if the recipe leaves it open; return its value."""
+        section, name = key.split(".")
+        if self.tree[section][name] is None:
+            self.tree[section][name] = value
+            self.choices.append(AutomaticChoice(key, value, reason))
+        return self.tree[section][name]
+
+
+def _fill_precision(filler: _Filler, hardware: Hardware) -> Policy:
+    asked = filler.tree["precision"]
+    choice = resolve_precision(asked, hardware)
+    filler.tree["precision"] = str(choice.policy)
+    if asked.split(";")[0].strip() == "auto":
+        filler.choices.append(AutomaticChoice("precision", str(choice.policy), choice.reason))
+    base = choice.policy.base
+    half = not base.mixed and not base.master_weights and not choice.policy.rules
+    dtype, why = (
+        (base.weights, "the policy trains the weights in this format")
+        if half
+        else ("fp32", "the policy starts from fp32 weights")
+    )
+    filler.fill("model.dtype", dtype, why)
+    return choice.policy
+
+
+def _fill_sizes(filler: _Filler, train_samples: int) -> None:
+    batch_size = filler.get("train.batch_size")
+    if batch_size > train_samples:
+        raise ConfigError(
+            f"train.batch_size={batch_size} is more than the {train_samples} training samples",
+            hint=f"use train.batch_size={train_samples} or less",
+        )
+    micro = filler.fill("train.micro_batch_size", batch_size, "no split of the batch was asked for")
+    if batch_size % micro:
+        raise ConfigError(
+            f"train.micro_batch_size={micro} does not divide train.batch_size={batch_size}",
+            hint=f"use one of {_divisors(batch_size)}",
+        )
+    per_epoch = train_samples // batch_size
+    epochs = filler.get("train.epochs")
+    if filler.get("train.steps") is None and epochs is None:
+        epochs = 1.0
+        filler.fill("train.steps", per_epoch, f"one epoch of {train_samples} samples in batches of {batch_size}")
+    elif epochs is not None:
+        steps = max(1, round(epochs * per_epoch))
+        filler.fill("train.steps", steps, f"{epochs:g} epochs of {per_epoch} updates")
+        filler.tree["train"]["epochs"] = None
+    steps = filler.get("train.steps")
+    filler.fill("train.warmup_steps", min(100, steps // 10), "a tenth of the updates, at most 100")
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _fill_data(filler: _Filler, device: torch.device) -> None:
+    if device.type == "cpu":
+        filler.fill("data.num_workers", 0, "on CPU the model needs the cores itself")
+    else:
+        filler.fill("data.num_workers", 2, "samples are prepared while the GPU works")
+    filler.fill(
+        "data.cache_bytes", 2**30, "prepared samples are kept in up to 1 GiB, so that later epochs skip the work"
+    )
+    filler.fill(
+        "eval.batch_size", 4 * filler.get("train.micro_batch_size"), "no gradients: room for four times as many"
+    )
+
+
+def _fill_rhythm(filler: _Filler, device: torch.device) -> None:
+    steps = filler.get("train.steps")
+    filler.fill("train.checkpoint_every", max(1, min(500, -(-steps // 5))), "five a run, at most 500 updates apart")
+    if filler.get("data.validation") is not None:
+        filler.fill("eval.every", max(1, -(-steps // 10)), "ten a run")
+        metric = "accuracy" if filler.get("eval.generate") else "loss"
+        filler.fill("eval.metric", metric, "what a user of the model notices" if metric == "accuracy" else "no answers")
+        filler.fill("eval.max_samples", 256, "enough for a trend; the test split is used whole")
+    if device.type == "cpu":
+        filler.fill("run.log_every", 1, "reading the loss costs nothing on CPU")
+    else:
+        filler.fill("run.log_every", 10, "reading the loss makes the host wait for the GPU")
+    filler.fill("run.threads", torch.get_num_threads(), "what torch found")

@@ -1,0 +1,263 @@
+"""From a recipe to a run that is ready to go, new or resumed.
+
+The order is chosen so that a mistake costs nothing: recipe, hardware and precision, data (every sample is checked), and
+only then the model. Nothing in a run directory is overwritten before it is known to be this run's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from floatline.errors import RunDirectoryError
+from floatline.step import Guard, TrainStep
+from floatline.train import rng
+from floatline.train.checkpoint import list_checkpoints, load_state, newest_sound, step_of
+from floatline.train.data import (
+    MicroBatches,
+    Sample,
+    SampleDataset,
+    SampleEncoder,
+    check_samples,
+    make_loader,
+    read_samples,
+)
+from floatline.train.evaluate import Evaluator
+from floatline.train.hub import load_model, load_processor
+from floatline.train.manifest import Manifest
+from floatline.train.recipe import Recipe, parse_recipe
+from floatline.train.resolve import Resolved, resolve_recipe
+from floatline.train.rundir import RunDirectory
+from floatline.train.schedule import make_schedule
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    rundir: RunDirectory
+    manifest: Manifest
+    recipe: Recipe
+    processor: Any
+    datasets: dict[str, SampleDataset]
+    loader: Any
+    step: TrainStep
+    evaluator: Evaluator
+    state: dict[str, Any] | None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) -> Run:
+    """Check everything, choose what is open, load model and data, and find the checkpoint to go on from.
+
+    Raises:
+        FloatlineError: One of its kinds, for anything in recipe, data, model or run directory that is not right.
+    """
+    asked = recipe.model_dump(mode="json")
+    _refuse_foreign_run(rundir, manifest, asked)
+    processor = load_processor(recipe.model.path)
+    samples = _read_all(recipe, processor, manifest, say)
+    resolved = _resolve(recipe, asked, rundir, manifest, len(samples["train"]), say)
+    return _build(resolved, processor, samples, rundir, manifest, say)
+
+
+def _refuse_foreign_run(rundir: RunDirectory, manifest: Manifest, asked: dict[str, Any]) -> None:
+    """A run directory with checkpoints belongs to the recipe that made them."""
+    if not list_checkpoints(rundir.checkpoints):
+        return
+    known = [tree for tree in (manifest.values.get("asked"), manifest.values.get("resolved")) if tree]
+    if known and asked not in known:
+        key, before, after = _first_difference(known[0], asked)
+        raise RunDirectoryError(
+            f"{rundir.path} holds a run of another recipe: {key} was {before!r}, now {after!r}",
+            hint="choose another run.dir, or go back to the recipe that this run was started with",
+        )
+
+
+def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any]:
+    flat_before, flat_after = flatten(before), flatten(after)
+    for key in {**flat_before, **flat_after}:
+        if flat_before.get(key) != flat_after.get(key):
+            return key, flat_before.get(key), flat_after.get(key)
+    return "recipe", None, None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict with dotted keys.
+
+    >>> flatten({"train": {"lr": 0.1}, "precision": "auto"})
+    {'train.lr': 0.1, 'precision': 'auto'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _read_all(recipe: Recipe, processor: Any, manifest: Manifest, say: Say) -> dict[str, list[Sample]]:
+    """Read and check every split; note counts, skipped samples and fingerprints."""
+    samples: dict[str, list[Sample]] = {}
+    facts: dict[str, Any] = {}
+    for split in ("train", "validation", "test"):
+        path = getattr(recipe.data, split)
+        if path is None:
+            continue
+        checked = check_samples(
+            read_samples(path),
+            tokenizer=getattr(processor, "tokenizer", processor),
+            max_pixels=recipe.data.max_pixels,
+            max_answer_tokens=recipe.data.max_answer_tokens,
+            on_bad_sample=recipe.data.on_bad_sample,
+        )
+        samples[split] = checked.good
+        facts[split] = {
+            "path": path,
+            "samples": len(checked.good),
+            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+            "skipped": [{"file": str(b.file), "line": b.line, "reason": b.reason} for b in checked.bad],
+        }
+        if checked.bad:
+            say(f"{path}: {len(checked.bad)} bad samples skipped, first: {checked.bad[0].reason}")
+    _refuse_changed_data(manifest, facts)
+    manifest.values["data"] = facts
+    return samples
+
+
+def _refuse_changed_data(manifest: Manifest, facts: dict[str, Any]) -> None:
+    before = manifest.values.get("data", {}).get("train")
+    resuming = bool(list_checkpoints(manifest.rundir.checkpoints))
+    if resuming and before and before["sha256"] != facts["train"]["sha256"]:
+        raise RunDirectoryError(
+            f"{facts['train']['path']} has changed since this run began, so it cannot be resumed exactly",
+            hint="choose another run.dir to train on the changed data",
+        )
+
+
+def _resolve(
+    recipe: Recipe, asked: dict[str, Any], rundir: RunDirectory, manifest: Manifest, train_samples: int, say: Say
+) -> Resolved:
+    resolved = resolve_recipe(recipe, train_samples=train_samples)
+    stored = manifest.values.get("resolved")
+    if stored and list_checkpoints(rundir.checkpoints):  # the choices of the first start stay, wherever it goes on
+        resolved.recipe = parse_recipe(stored, str(rundir.path / "recipe.yaml"))
+    for choice in resolved.choices:
+        say(f"{choice.key} = {choice.value}  ({choice.reason})")
+    tree = resolved.recipe.model_dump(mode="json")
+    manifest.update(
+        asked=manifest.values.get("asked") if stored and asked == stored else asked,
+        resolved=tree,
+        choices=resolved.choices_as_dicts(),
+    )
+    rundir.write_text("recipe.yaml", recipe_text(resolved))
+    return resolved
+
+
+def recipe_text(resolved: Resolved) -> str:
+    """Return the resolved recipe as YAML, with the reason of each automatic choice beside it as a comment."""
+    reasons = {choice.key: choice.reason for choice in resolved.choices}
+    lines, section = [], ""
+    for line in yaml.safe_dump(resolved.recipe.model_dump(mode="json"), sort_keys=False, width=1000).splitlines():
+        name = line.split(":")[0].strip()
+        section = name if not line.startswith(" ") else section
+        reason = reasons.get(name if not line.startswith(" ") else f"{section}.{name}")
+        lines.append(f"{line}  # {reason}" if reason else line)
+    return (
+        "# Resolved: every choice is made, so this runs the same again. Comments say why.\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _build(
+    resolved: Resolved,
+    processor: Any,
+    samples: dict[str, list[Sample]],
+    rundir: RunDirectory,
+    manifest: Manifest,
+    say: Say,
+) -> Run:
+    recipe = resolved.recipe
+    torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
+    rng.seed_everything(recipe.train.seed)
+    encoder = SampleEncoder(processor, max_length=recipe.data.max_length)
+    datasets = {
+        split: SampleDataset(_limit(split, found, recipe), encoder, cache_bytes=recipe.data.cache_bytes or 0)
+        for split, found in samples.items()
+    }
+    checkpoint = newest_sound(rundir.checkpoints, lambda path, fault: say(f"damaged checkpoint passed over: {fault}"))
+    model = load_model(str(checkpoint) if checkpoint else recipe.model.path, recipe.model.dtype or "fp32")
+    model.to(resolved.device).train()
+    step = make_step(model, resolved)
+    pad = pad_token_id(processor)
+    loader = make_loader(
+        datasets["train"],
+        batch_size=recipe.train.batch_size,
+        shuffle=True,
+        seed=recipe.train.seed,
+        num_workers=recipe.data.num_workers or 0,
+        collate=MicroBatches(pad, recipe.train.micro_batch_size or recipe.train.batch_size),
+        drop_last=True,
+    )
+    evaluator = make_evaluator(model, step, recipe, pad)
+    state = load_state(checkpoint) if checkpoint else None
+    if checkpoint and state:
+        step.load_state_dict(state["step"])
+        say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
+    return Run(rundir, manifest, recipe, processor, datasets, loader, step, evaluator, state)
+
+
+def _limit(split: str, samples: list[Sample], recipe: Recipe) -> list[Sample]:
+    return samples[: recipe.eval.max_samples] if split == "validation" else samples
+
+
+def pad_token_id(processor: Any) -> int:
+    """Return the padding token, or the end token where there is none (padding is masked anyway)."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def make_evaluator(model: nn.Module, step: TrainStep, recipe: Recipe, pad: int) -> Evaluator:
+    return Evaluator(
+        model,
+        step.precision,
+        pad_token_id=pad,
+        batch_size=recipe.eval.batch_size or recipe.train.batch_size,
+        max_new_tokens=recipe.data.max_answer_tokens,
+    )
+
+
+def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
+    """Return the TrainStep that a resolved recipe describes."""
+    train = resolved.recipe.train
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=train.lr,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    schedule = make_schedule(
+        optimizer,
+        kind=train.schedule,
+        steps=train.steps or 1,
+        warmup=train.warmup_steps or 0,
+        final=train.final_lr_share,
+    )
+    return TrainStep(
+        model,
+        optimizer,
+        precision=resolved.policy,
+        max_grad_norm=train.max_grad_norm,
+        guard=Guard(**resolved.recipe.guard.model_dump()),
+        schedule=schedule,
+    )

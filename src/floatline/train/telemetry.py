@@ -1,0 +1,126 @@
+"""The run's numbers: one record an update, in metrics.jsonl, as TensorBoard events and on the screen.
+
+Loss and gradient norm of several updates are read from the device together (`run.log_every`), because each read makes
+the host wait for a GPU. Non-finite values are logged as what they are.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from floatline.observe import peak_memory
+from floatline.step import Skip, StepOutput, TrainStep
+from floatline.train.evaluate import Evaluation
+from floatline.train.progress import ProgressView
+from floatline.train.rundir import RunDirectory
+
+_TENSORBOARD_KEYS = ("loss", "grad_norm", "lr", "loss_scale", "tokens_per_s", "memory_bytes")
+
+
+@dataclass
+class Telemetry:
+    """Collects step outputs and writes them out.
+
+    Args:
+        rundir: Where metrics.jsonl and TensorBoard events go.
+        step: The step whose loss scale and skipped updates are reported.
+        view: What the person sees.
+        log_every: Updates between reads from the device.
+        first_step: Updates made before, so that TensorBoard drops what a resumed run writes again.
+    """
+
+    rundir: RunDirectory
+    step: TrainStep
+    view: ProgressView
+    log_every: int
+    first_step: int
+    _waiting: list[tuple[StepOutput, dict[str, Any]]] = field(default_factory=list)
+    _reported: int = 0
+
+    def __post_init__(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._reported = self.step.sentinel.skipped
+        folder = self.rundir.path / "tensorboard"
+        self.writer = SummaryWriter(folder, purge_step=self.first_step + 1, max_queue=1000, flush_secs=10)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out what happened since the last update (evaluation, checkpoint) from its step time."""
+        self._last = time.perf_counter()
+
+    def add(self, output: StepOutput, record: dict[str, Any]) -> None:
+        """Take the output of one update, with what the host knows of it (step, epoch, lr, samples, tokens)."""
+        self._waiting.append((output, record))
+        if len(self._waiting) >= self.log_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read and write all waiting records."""
+        if not self._waiting:
+            return
+        outputs = [output for output, _ in self._waiting]
+        values = torch.stack([t.float() for o in outputs for t in (o.loss, o.grad_norm, o.applied)]).tolist()
+        now = time.perf_counter()
+        seconds = (now - self._last) / len(outputs)
+        self._last = now
+        shared = {
+            "step_s": seconds,
+            "loss_scale": self.step.scaling.current(),
+            "memory_bytes": peak_memory(self.step.device),
+        }
+        for index, (_, record) in enumerate(self._waiting):
+            loss, grad_norm, applied = values[3 * index : 3 * index + 3]
+            self._write(
+                {"kind": "step", "loss": loss, "grad_norm": grad_norm, "applied": bool(applied)} | record | shared
+            )
+        self._waiting.clear()
+        self._write_skips()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        record["tokens_per_s"] = record["tokens"] / record["step_s"]
+        self.rundir.log(record)
+        for key in _TENSORBOARD_KEYS:
+            if record[key] is not None:
+                self.writer.add_scalar(f"train/{key}", record[key], record["step"])
+        self.view.show(record, self.step.sentinel.skipped)
+
+    def _write_skips(self) -> None:
+        sentinel = self.step.sentinel
+        fresh = sentinel.skipped - self._reported
+        self._reported = sentinel.skipped
+        for skip in list(sentinel.skips)[len(sentinel.skips) - fresh :]:
+            self._write_skip(skip)
+
+    def _write_skip(self, skip: Skip) -> None:
+        record = {"kind": "fault", "step": skip.step, "what": skip.what.value, "action": "skip", "reason": skip.reason}
+        self.rundir.log(record)
+        self.view.say(f"skipped update {skip.step}: {skip.reason}")
+
+    def evaluation(self, evaluation: Evaluation, step: int) -> None:
+        """Log an evaluation."""
+        self.rundir.log(evaluation.record(step))
+        self.writer.add_scalar(f"{evaluation.split}/loss", evaluation.loss, step)
+        if evaluation.accuracy is not None:
+            self.writer.add_scalar(f"{evaluation.split}/accuracy", evaluation.accuracy, step)
+        self.view.say(describe_evaluation(evaluation, step))
+
+    def close(self) -> None:
+        """Flush what waits and close the files."""
+        self.flush()
+        self.writer.close()
+        self.view.close()
+
+
+def describe_evaluation(evaluation: Evaluation, step: int) -> str:
+    """Return an evaluation as one line."""
+    kinds = [f"{kind} {g['correct'] / g['total']:.1%}" for kind, g in sorted(evaluation.groups.items())]
+    accuracy = "" if evaluation.accuracy is None else f"  accuracy {evaluation.accuracy:.1%} ({', '.join(kinds)})"
+    return (
+        f"{evaluation.split} at update {step}: loss {evaluation.loss:.4f}{accuracy}"
+        f"  [{evaluation.samples} samples, {evaluation.seconds:.1f} s]"
+    )

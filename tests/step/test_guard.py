@@ -1,0 +1,136 @@
+"""The guard: no non-finite loss or gradient reaches the weights; skips are counted and bounded."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import floatline as fl
+from floatline.errors import ConfigError, NonFiniteError
+from floatline.step.guard import What
+
+NAN, INF = float("nan"), float("inf")
+
+
+def make(precision="32-true", optimizer=torch.optim.AdamW, **guard):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    return fl.TrainStep(
+        model,
+        optimizer(model.parameters(), lr=0.1),
+        precision=precision,
+        loss=lambda m, b: m(b).float().square().mean(),
+        guard=fl.Guard(**guard) if guard else None,
+    )
+
+
+def snapshot(step):
+    return [p.detach().clone() for p in step.model.parameters()]
+
+
+def same(before, step):
+    return all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_bad_batch_leaves_weights_and_moments_alone(precision, bad):
+    step = make(precision)
+    while not step(torch.ones(4, 3)).applied:  # fp16 looks for its loss scale first
+        pass
+    skipped, done = step.sentinel.skipped, step.updates
+    before, state = snapshot(step), {k: v["exp_avg"].clone() for k, v in step.optimizer.state.items()}
+    out = step(torch.full((4, 3), bad))
+    assert same(before, step) and not bool(out.applied)
+    assert all(torch.equal(state[k], v["exp_avg"]) for k, v in step.optimizer.state.items())
+    assert step.sentinel.skipped == skipped + 1 and step.sentinel.skips[-1].step == done + 1
+    assert step.sentinel.skips[-1].what is What.LOSS
+    assert bool(step(torch.ones(4, 3)).applied) and not same(before, step)
+
+
+def test_a_gradient_fault_with_a_finite_loss_is_seen():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    step = fl.TrainStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        precision="32-true",
+        loss=lambda m, b: m(b).square().sum().sqrt(),
+    )
+    out = step(torch.ones(2, 3))  # sqrt at 0: the loss is 0, its gradient 0/0
+    assert out.loss.item() == 0 and math.isnan(out.grad_norm.item())
+    assert step.sentinel.skips[0].what is What.GRADIENT
+    assert not model.weight.isnan().any()
+
+
+def test_one_bad_micro_batch_condemns_the_update():
+    step = make()
+    before = snapshot(step)
+    step([torch.ones(2, 3), torch.full((2, 3), NAN)])
+    assert same(before, step)
+
+
+def test_overflow_under_loss_scaling_is_routine_and_halves_the_scale():
+    step = make("16-mixed")
+    batch = torch.full((4, 3), 60.0)  # the output's gradient times 2^16 is beyond 65504
+    for _ in range(12):
+        step(batch)
+    assert step.sentinel.skips[0].what is What.OVERFLOW
+    assert not step.sentinel.skips[0].fault
+    assert step.scaling.current() < 2**16
+    assert bool(step(batch).applied)
+
+
+def test_stops_after_the_limit_with_the_weights_untouched():
+    step = make(max_faults_in_a_row=3)
+    before = snapshot(step)
+    bad = torch.full((4, 3), NAN)
+    step(bad), step(bad)
+    with pytest.raises(NonFiniteError, match=r"stopped after 3 skipped updates in a row: the loss was nan at update 3\nhint: .*guard.max_faults_in_a_row"):
+        step(bad)
+    assert same(before, step)
+
+
+def test_a_good_update_starts_the_count_anew():
+    step = make(max_faults_in_a_row=2)
+    for _ in range(4):
+        step(torch.full((4, 3), NAN))
+        step(torch.ones(4, 3))
+    assert step.sentinel.skipped == 4
+
+
+def test_collapse_of_the_loss_scale_stops():
+    step = make("16-mixed", max_faults_in_a_row=100, max_overflows_in_a_row=4)
+    step.loss = lambda m, b: m(b).float().sum() * 1e30
+    with pytest.raises(NonFiniteError, match="4 skipped updates in a row: scaled fp16 gradients overflowed"):
+        for _ in range(10):
+            step(torch.ones(4, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([1.0, 2.0, NAN, INF, -INF, 1e38]), min_size=1, max_size=12))
+def test_weights_are_finite_after_any_sequence(values):
+    step = make(max_faults_in_a_row=100)
+    for value in values:
+        step(torch.full((4, 3), value))
+        assert all(p.isfinite().all() for p in step.model.parameters())
+    assert step.sentinel.skipped == sum(not math.isfinite(v) or v == 1e38 for v in values)
+
+
+def test_limits_are_checked():
+    with pytest.raises(ConfigError, match="guard.max_faults_in_a_row is 0"):
+        fl.Guard(max_faults_in_a_row=0)
+
+
+def test_counters_survive_a_checkpoint():
+    step = make(max_faults_in_a_row=3)
+    step(torch.full((4, 3), NAN)), step(torch.full((4, 3), NAN))
+    other = make(max_faults_in_a_row=3)
+    other.load_state_dict(step.state_dict())
+    assert other.sentinel.skipped == 2
+    with pytest.raises(NonFiniteError):
+        other(torch.full((4, 3), NAN))
