@@ -136,7 +136,8 @@ def formats(as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+    header: dict[str, object] = {key: key for key in rows[0]}
+    for row in [header, *rows]:
         print("  ".join(_cell(key, value) for key, value in row.items()).rstrip())
 
 

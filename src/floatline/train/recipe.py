@@ -173,9 +173,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
 
 def keys_of(path: list[str]) -> list[str]:
     """Return the key names of a section given by its path ([] is the top)."""
-    model: type[BaseModel] = Recipe
+    model: Any = Recipe
     for part in path:
-        model = model.model_fields[part].annotation or Recipe
+        model = model.model_fields[part].annotation
     return list(model.model_fields)
 
 

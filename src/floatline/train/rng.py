@@ -18,7 +18,8 @@ def seed_everything(seed: int) -> None:
 
 def capture() -> dict[str, Any]:
     """Return the random state of python, numpy, torch and every CUDA device."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = state
     return {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),

@@ -20,15 +20,8 @@ from floatline.errors import RunDirectoryError
 from floatline.step import Guard, TrainStep
 from floatline.train import rng
 from floatline.train.checkpoint import list_checkpoints, load_state, newest_sound, step_of
-from floatline.train.data import (
-    MicroBatches,
-    Sample,
-    SampleDataset,
-    SampleEncoder,
-    check_samples,
-    make_loader,
-    read_samples,
-)
+from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
+from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import load_model, load_processor
 from floatline.train.manifest import Manifest
@@ -54,10 +47,6 @@ class Run:
     evaluator: Evaluator
     state: dict[str, Any] | None
 
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
 
 def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) -> Run:
     """Check everything, choose what is open, load model and data, and find the checkpoint to go on from.
@@ -68,9 +57,12 @@ def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) 
     asked = recipe.model_dump(mode="json")
     _refuse_foreign_run(rundir, manifest, asked)
     processor = load_processor(recipe.model.path)
-    samples = _read_all(recipe, processor, manifest, say)
+    encoder = SampleEncoder(
+        processor, max_length=recipe.data.max_length, max_answer_tokens=recipe.data.max_answer_tokens
+    )
+    samples = _read_all(recipe, encoder, manifest, say)
     resolved = _resolve(recipe, asked, rundir, manifest, len(samples["train"]), say)
-    return _build(resolved, processor, samples, rundir, manifest, say)
+    return _build(resolved, encoder, samples, rundir, manifest, say)
 
 
 def _refuse_foreign_run(rundir: RunDirectory, manifest: Manifest, asked: dict[str, Any]) -> None:
@@ -106,7 +98,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_all(recipe: Recipe, processor: Any, manifest: Manifest, say: Say) -> dict[str, list[Sample]]:
+def _read_all(recipe: Recipe, encoder: SampleEncoder, manifest: Manifest, say: Say) -> dict[str, list[Sample]]:
     """Read and check every split; note counts, skipped samples and fingerprints."""
     samples: dict[str, list[Sample]] = {}
     facts: dict[str, Any] = {}
@@ -114,12 +106,8 @@ def _read_all(recipe: Recipe, processor: Any, manifest: Manifest, say: Say) -> d
         path = getattr(recipe.data, split)
         if path is None:
             continue
-        checked = check_samples(
-            read_samples(path),
-            tokenizer=getattr(processor, "tokenizer", processor),
-            max_pixels=recipe.data.max_pixels,
-            max_answer_tokens=recipe.data.max_answer_tokens,
-            on_bad_sample=recipe.data.on_bad_sample,
+        checked = load_samples(
+            path, encoder=encoder, max_pixels=recipe.data.max_pixels, on_bad_sample=recipe.data.on_bad_sample
         )
         samples[split] = checked.good
         facts[split] = {
@@ -180,7 +168,7 @@ def recipe_text(resolved: Resolved) -> str:
 
 def _build(
     resolved: Resolved,
-    processor: Any,
+    encoder: SampleEncoder,
     samples: dict[str, list[Sample]],
     rundir: RunDirectory,
     manifest: Manifest,
@@ -189,7 +177,6 @@ def _build(
     recipe = resolved.recipe
     torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
     rng.seed_everything(recipe.train.seed)
-    encoder = SampleEncoder(processor, max_length=recipe.data.max_length)
     datasets = {
         split: SampleDataset(_limit(split, found, recipe), encoder, cache_bytes=recipe.data.cache_bytes or 0)
         for split, found in samples.items()
@@ -198,42 +185,37 @@ def _build(
     model = load_model(str(checkpoint) if checkpoint else recipe.model.path, recipe.model.dtype or "fp32")
     model.to(resolved.device).train()
     step = make_step(model, resolved)
-    pad = pad_token_id(processor)
+    pad = pad_token_id(encoder.tokenizer)
     loader = make_loader(
         datasets["train"],
         batch_size=recipe.train.batch_size,
         shuffle=True,
         seed=recipe.train.seed,
         num_workers=recipe.data.num_workers or 0,
-        collate=MicroBatches(pad, recipe.train.micro_batch_size or recipe.train.batch_size),
+        collate=MicroBatches(Collator(pad), recipe.train.micro_batch_size or recipe.train.batch_size),
         drop_last=True,
     )
-    evaluator = make_evaluator(model, step, recipe, pad)
-    state = load_state(checkpoint) if checkpoint else None
-    if checkpoint and state:
-        step.load_state_dict(state["step"])
-        say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
-    return Run(rundir, manifest, recipe, processor, datasets, loader, step, evaluator, state)
-
-
-def _limit(split: str, samples: list[Sample], recipe: Recipe) -> list[Sample]:
-    return samples[: recipe.eval.max_samples] if split == "validation" else samples
-
-
-def pad_token_id(processor: Any) -> int:
-    """Return the padding token, or the end token where there is none (padding is masked anyway)."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def make_evaluator(model: nn.Module, step: TrainStep, recipe: Recipe, pad: int) -> Evaluator:
-    return Evaluator(
+    evaluator = Evaluator(
         model,
         step.precision,
         pad_token_id=pad,
         batch_size=recipe.eval.batch_size or recipe.train.batch_size,
         max_new_tokens=recipe.data.max_answer_tokens,
     )
+    state = load_state(checkpoint) if checkpoint else None
+    if checkpoint and state:
+        step.load_state_dict(state["step"])
+        say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
+    return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, state)
+
+
+def _limit(split: str, samples: list[Sample], recipe: Recipe) -> list[Sample]:
+    return samples[: recipe.eval.max_samples] if split == "validation" else samples
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Return the padding token, or the end token where there is none (padding is masked anyway)."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
