@@ -30,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     try:
-        app()
+        app(prog_name="floatline")
     except FloatlineError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
@@ -51,7 +51,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. train.lr=1e-4.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model from a recipe, or go on with a run that was interrupted.
+    """Train a model from a recipe, or resume a run.
 
     Killed, stopped or full disk: the same command goes on from the newest sound checkpoint.
     """
@@ -97,7 +97,10 @@ def report(
     text: Annotated[bool, typer.Option("--text", help="Print the report as text, write no page.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about one run or several side by side."""
+    """Write an HTML page about one run or several.
+
+    The page is self-contained: one file, no network.
+    """
     from floatline.report import load_run, render_text, write_html
 
     loaded = [load_run(path) for path in runs]
@@ -117,7 +120,7 @@ def doctor(
     hardware: Annotated[str, typer.Option(help="auto is this machine; or cpu, t4, a100-40gb, h200, ...")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what this machine (or a GPU of the catalog) can do, and why."""
+    """Say what this machine, or a known GPU, can do and why."""
     from floatline.doctor import diagnose_machine, doctor_text
 
     facts = diagnose_machine(hardware)
@@ -129,7 +132,10 @@ def doctor(
 
 @app.command()
 def formats(as_json: Json = False) -> None:
-    """Print the table of number formats, computed from their bit layout."""
+    """Print the table of number formats.
+
+    It is computed from their bit layout, not typed.
+    """
     from floatline.formats import format_rows
 
     rows = format_rows()

@@ -41,6 +41,7 @@ def require_transformers() -> Any:
             "training from a recipe needs transformers, which is not installed",
             hint='pip install "floatline[train]"',
         ) from None
+    transformers.utils.logging.disable_progress_bar()  # its bars for shards would break ours
     return transformers
 
 

@@ -146,18 +146,18 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
 def test_an_empty_file_is_an_error(tmp_path, content):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match="empty.jsonl holds no samples") as caught:
+    with pytest.raises(DataError, match=r"empty.jsonl holds no samples") as caught:
         read_samples(path)
     assert '"messages"' in caught.value.hint
 
 
 def test_a_missing_file_and_a_directory_are_errors(tmp_path):
-    with pytest.raises(DataError, match="none.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"none.jsonl does not exist"):
         read_samples(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is a directory") as caught:
+    with pytest.raises(DataError, match=r"is a directory") as caught:
         read_samples(tmp_path)
     assert caught.value.hint == "name the JSONL file in it"
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"cannot be read"):
         read_samples("a\0b")
 
 

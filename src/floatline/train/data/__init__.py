@@ -5,6 +5,7 @@ from floatline.train.data.collate import Collator, TokenCounts, token_counts
 from floatline.train.data.dataset import SampleDataset
 from floatline.train.data.encode import EncodedPrompt, SampleEncoder
 from floatline.train.data.loader import make_loader
+from floatline.train.data.micro import MicroBatches
 from floatline.train.data.parse import Message
 from floatline.train.data.sampler import EpochSampler
 from floatline.train.data.samples import BadSample, Sample, read_samples
@@ -16,6 +17,7 @@ __all__ = [
     "EncodedPrompt",
     "EpochSampler",
     "Message",
+    "MicroBatches",
     "Sample",
     "SampleDataset",
     "SampleEncoder",

@@ -56,8 +56,7 @@ def load_samples(
     """
     lines: list[BadSample] = []
     samples = read_samples(path, kind_key=kind_key, bad=lines)
-    found = check_samples(samples, encoder=encoder, max_pixels=max_pixels, on_bad_sample=on_bad_sample, bad_lines=lines)
-    return found
+    return check_samples(samples, encoder=encoder, max_pixels=max_pixels, on_bad_sample=on_bad_sample, bad_lines=lines)
 
 
 def check_samples(

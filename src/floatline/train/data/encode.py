@@ -178,10 +178,9 @@ class SampleEncoder:
     def _for_template(self, message: Message) -> dict[str, Any]:
         if not self.takes_images:
             return {"role": message.role, "content": message.text}
-        parts = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts
-        ]
-        return {"role": message.role, "content": parts}
+        parts = message.parts
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        return {"role": message.role, "content": content}
 
     def _tokenise(self, piece: _Piece, sample: Sample) -> dict[str, Tensor]:
         """Return the model inputs of one piece, `input_ids` first, token-aligned ones with one dimension."""

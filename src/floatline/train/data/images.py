@@ -62,7 +62,8 @@ def _check_size(image: Image, path: Path, max_pixels: int | None) -> None:
     pixels = image.width * image.height
     if max_pixels is not None and pixels > max_pixels:
         raise BadImage(
-            f"image {path} has {image.width} x {image.height} = {pixels} pixels, more than data.max_pixels={max_pixels}",
+            f"image {path} has {image.width} x {image.height} = {pixels} pixels, "
+            f"more than data.max_pixels={max_pixels}",
             f"set data.max_pixels={pixels} or resize the image",
         )
 

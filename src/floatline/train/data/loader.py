@@ -12,14 +12,16 @@ next loop starts the next one; saved after its loop has ended, the first loop st
 torchdata restores its own state only with the same number of workers. Here the position alone is taken out of it and
 given to the sampler, so a run may resume with more workers, or none.
 
-Not covered: several ranks. An epoch ends by exhausting the loader: one that is left by `break` is begun again without
-workers, but with workers may be skipped, for they have read ahead.
+Not covered: several ranks; random augmentation (workers are not reseeded to where they were). An epoch ends by
+exhausting the loader: one that is left by `break` is begun again without workers, but with workers may be skipped, for
+they have read ahead.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ import torch
 
 from floatline.errors import ConfigError, DataError
 from floatline.train.data.dataset import SampleDataset
-from floatline.train.data.sampler import EpochSampler
+from floatline.train.data.sampler import EpochSampler, mix_seed
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -70,17 +72,20 @@ def make_loader(
         # The tokenizers library warns at each fork unless told so; a worker encodes one sample at a time anyway.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sampler = EpochSampler(len(dataset), shuffle=shuffle, seed=seed, batch_size=batch_size, drop_last=drop_last)
-    loader: StatefulDataLoader = _loader_class()(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        drop_last=drop_last,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,  # they keep their caches from epoch to epoch
-        generator=torch.Generator().manual_seed(seed),  # seeds workers; without it the global generator would move
-    )
+    loader_class = _loader_class()
+    with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 deprecates
+        warnings.filterwarnings("ignore", message=".*set_vital.*")
+        loader: StatefulDataLoader = loader_class(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,  # they keep their caches from epoch to epoch
+            generator=torch.Generator().manual_seed(mix_seed(seed, -1)),  # else the global generator would move
+        )
     return loader
 
 
@@ -106,6 +111,9 @@ def _loader_class() -> type:
     class ResumableLoader(StatefulDataLoader):
         """Resumes from the sampler's position, so that the number of workers may differ."""
 
+        def __iter__(self) -> Iterator[Any]:
+            return _relay(super().__iter__())
+
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict({})
             position = _find(state_dict, "position")
@@ -118,6 +126,16 @@ def _loader_class() -> type:
                 self.sampler.start_at(position["epoch"], position["drawn"])
 
     return ResumableLoader
+
+
+def _relay(batches: Iterator[Any]) -> Iterator[Any]:
+    """Pass batches on; a worker's DataError arrives as the text of its traceback, here it becomes itself again."""
+    try:
+        yield from batches
+    except DataError as error:
+        marker = f"{DataError.__module__}.{DataError.__qualname__}: "
+        message, _, hint = error.message.rpartition(marker)[2].strip().partition("\nhint: ")
+        raise DataError(message, hint=hint or error.hint) from None
 
 
 def _find(tree: Any, key: str) -> dict[str, int] | None:

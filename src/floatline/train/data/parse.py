@@ -62,9 +62,12 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise BadLine(f"byte {byte:#04x} at column {error.start + 1} is not UTF-8", "save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        hint = "each line must be one complete JSON object; see whether it is JSON over several lines"
-        raise BadLine(f"not valid JSON ({error}): {show(raw.decode('utf-8').strip())}", hint) from None
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer with thousands of digits
+        at = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise BadLine(
+            f"not valid JSON ({at}): {_cut(raw.decode('utf-8').strip())}",
+            "each line must be one complete JSON object; see whether it is JSON over several lines",
+        ) from None
     if not isinstance(record, dict):
         raise BadLine(f"the line is {show(record)}, not an object", f"write {SHAPE}")
     return record
@@ -198,18 +201,19 @@ def _check_order(messages: tuple[Message, ...]) -> None:
             raise BadLine(f"messages[{place}] is an empty answer: {show(message.text)}", "write the answer to learn")
 
 
-def show(value: Any, limit: int = 60) -> str:
-    """Return a value as JSON on one line, cut to `limit` characters, for an error text.
+def show(value: Any) -> str:
+    """Return a value as JSON on one line, cut to a readable length, for an error text.
 
     >>> show({"role": "tool"})
     '{"role": "tool"}'
     """
     try:
-        text = json.dumps(value, ensure_ascii=not _printable(value))
+        text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return f"a deeply nested {type(value).__name__}"
+    return _cut(text)
 
 
-def _printable(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
+def _cut(text: str, limit: int = 60) -> str:
+    start = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in start)

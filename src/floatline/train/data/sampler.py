@@ -9,6 +9,7 @@ Not covered: several ranks, weighted sampling.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,9 +55,7 @@ class EpochSampler(Sampler[int]):
         """Return the samples of an epoch in order."""
         if not self.shuffle:
             return list(range(self.length))
-        # One generator takes one integer; a string through sha512, so that (seed, epoch) and (seed + 1, epoch - 1)
-        # have nothing in common, which seed + epoch would give.
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         return torch.randperm(self.size, generator=generator)[: self.length].tolist()
 
     def __iter__(self) -> EpochIterator:
@@ -122,8 +121,7 @@ class EpochIterator(Iterator[int]):
         self.sampler.start_at(self.epoch + ended)
 
 
-def _mix(seed: int, epoch: int) -> int:
-    import hashlib
-
+def mix_seed(seed: int, epoch: int) -> int:
+    """One seed of two numbers; with their sum, run 1 would draw its epoch 0 as run 0 draws its epoch 1."""
     digest = hashlib.sha512(f"{seed} {epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,48 @@
+# One line of help each: `make help`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help check test demo soak bench docs clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,report,demo,dev]"
+	@touch $(STAMP)
+
+DIGITS := build/digits
+$(DIGITS)/data/test.jsonl: $(STAMP) examples/digits/scenes.py
+	$(BIN)/python examples/digits/scenes.py --out $(DIGITS)/data
+$(DIGITS)/model/config.json: $(DIGITS)/data/test.jsonl examples/digits/tiny_vlm.py
+	$(BIN)/python examples/digits/tiny_vlm.py --data $(DIGITS)/data --out $(DIGITS)/model
+
+demo: $(DIGITS)/model/config.json ## train a vision-language model on real images (minutes, CPU), print where its report is
+	$(BIN)/floatline train examples/digits/recipe.yaml
+
+test: $(STAMP) ## run the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(STAMP) ## lint, types, doctests, generated docs up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --doctest-modules src
+	$(BIN)/python docs/generate.py --check
+
+soak: $(STAMP) ## long runs: kill a training run at 20 random moments and compare
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests
+
+bench: $(STAMP) ## step overhead beside other trainers, import times; prints tables
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/import_time.py
+
+docs: $(STAMP) ## write docs/reference from the code
+	$(BIN)/python docs/generate.py
+
+clean: ## remove the environment, builds and caches; runs stay
+	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from floatline.errors import ConfigError, DataError
+from floatline.train.data import Collator, SampleDataset, SampleEncoder, make_loader, read_samples
+
+EPOCHS = 3
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def loader_of(size: int = 11, **changes: Any) -> Any:
+    settings = {"batch_size": 3, "collate": list, "shuffle": True, "seed": 5, "num_workers": 0, "drop_last": False}
+    return make_loader(Numbers(size), **{**settings, **changes})
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as a checkpoint file gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def run(loader: Any, epoch: int = 0, stop: tuple[int, int] | None = None) -> tuple[list[Any], dict[str, Any]]:
+    """Train as the loop does: returns (epoch, batch) pairs and what was saved at `stop` = (epoch, batches done)."""
+    seen, state = [], {}
+    for number in range(epoch, EPOCHS):
+        if stop == (number, 0):
+            return seen, saved({"epoch": number, "loader": loader.state_dict()})
+        for done, batch in enumerate(loader, start=1):
+            seen.append((number, batch))
+            if stop == (number, done):
+                return seen, saved({"epoch": number, "loader": loader.state_dict()})
+    return seen, state
+
+
+WHOLE = {  # size -> drop_last: 11 has a tail, 9 has none
+    (size, drop_last): run(loader_of(size, drop_last=drop_last))[0] for size in (11, 9) for drop_last in (False, True)
+}
+
+
+def check(size: int, drop_last: bool, stop: tuple[int, int], before: int, after: int) -> None:
+    first, state = run(loader_of(size, drop_last=drop_last, num_workers=before), stop=stop)
+    loader = loader_of(size, drop_last=drop_last, num_workers=after)
+    loader.load_state_dict(state["loader"])
+    rest, _ = run(loader, state["epoch"])
+    assert first + rest == WHOLE[size, drop_last]
+
+
+@pytest.mark.parametrize("key", WHOLE, ids=str)
+def test_an_epoch_is_a_permutation_in_batches(key):
+    size, drop_last = key
+    for epoch in range(EPOCHS):
+        batches = [batch for number, batch in WHOLE[key] if number == epoch]
+        flat = [index for batch in batches for index in batch]
+        assert len(set(flat)) == len(flat) == (size - size % 3 if drop_last else size)
+        assert len(batches) == len(loader_of(size, drop_last=drop_last))
+
+
+@pytest.mark.parametrize("key", WHOLE, ids=str)
+def test_resuming_after_any_batch_equals_not_stopping(key):
+    per_epoch = len(WHOLE[key]) // EPOCHS
+    for epoch in range(EPOCHS):
+        for done in range(per_epoch + 1):
+            check(*key, (epoch, done), 0, 0)
+
+
+@pytest.mark.parametrize("key", WHOLE, ids=str)
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 2)])
+def test_resuming_with_workers_equals_not_stopping(key, before, after):
+    per_epoch = len(WHOLE[key]) // EPOCHS
+    for stop in ((0, 0), (0, 1), (1, per_epoch), (2, 0)):
+        check(*key, stop, before, after)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_twice_equals_not_stopping(workers):
+    first, state = run(loader_of(num_workers=workers), stop=(0, 2))
+    loader = loader_of(num_workers=workers)
+    loader.load_state_dict(state["loader"])
+    state = {**state, "loader": saved(loader.state_dict())}  # saved again before a batch was drawn
+    loader = loader_of(num_workers=workers)
+    loader.load_state_dict(state["loader"])
+    second, state = run(loader, state["epoch"], stop=(1, 1))
+    loader = loader_of(num_workers=workers)
+    loader.load_state_dict(state["loader"])
+    third, _ = run(loader, state["epoch"])
+    assert first + second + third == WHOLE[11, False]
+
+
+def test_a_new_process_draws_the_same_order(tmp_path):
+    code = (
+        "import sys, torch; from floatline.train.data import make_loader\n"
+        "loader = make_loader(range(11), batch_size=3, collate=list, seed=5, drop_last=False)\n"
+        "loader.load_state_dict(torch.load(sys.argv[1], weights_only=True)['loader'])\n"
+        "print([batch for batch in loader])"
+    )
+    _, state = run(loader_of(), stop=(1, 2))
+    torch.save(state, tmp_path / "state.pt")
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "state.pt"], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == str([batch for epoch, batch in WHOLE[11, False] if epoch == 1][2:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_random_state_is_left_alone(workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader_of(num_workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_state_of_other_data_is_refused():
+    _, state = run(loader_of(11), stop=(0, 1))
+    with pytest.raises(DataError, match="samples=11, now samples=12"):
+        loader_of(12).load_state_dict(state["loader"])
+    with pytest.raises(DataError, match="not one of this loader"):
+        loader_of(12).load_state_dict({"step": 3})
+
+
+class Broken(Numbers):
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            raise DataError("data.jsonl:8: image a.png does not exist", hint="put it back")
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_error_stays_itself_on_its_way_out_of_a_worker(workers):
+    loader = make_loader(Broken(11), batch_size=3, collate=list, num_workers=workers, drop_last=False)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert caught.value.message == "data.jsonl:8: image a.png does not exist"
+    assert caught.value.hint == "put it back"
+
+
+def test_no_warnings_are_printed(recwarn):
+    list(loader_of(num_workers=2))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_too_little_data_is_an_error_with_a_way_out():
+    with pytest.raises(DataError, match="2 samples cannot fill one batch of 3") as caught:
+        loader_of(2, drop_last=True)
+    assert "train.batch_size=2" in caught.value.hint
+    assert list(loader_of(2, drop_last=False, shuffle=False)) == [[0, 1]]
+    with pytest.raises(DataError, match="the data set is empty"):
+        loader_of(0)
+
+
+def test_bad_numbers_are_errors():
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        loader_of(batch_size=0)
+    with pytest.raises(ConfigError, match="num_workers=-1"):
+        loader_of(num_workers=-1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_jsonl_to_batches(write, talk, picture, processor, workers):
+    names = [picture(f"{n}.png", (32 * n, 32)) for n in (1, 2, 3, 4)]
+    samples = read_samples(write(*(talk("Which?", str(n), images=(name,)) for n, name in enumerate(names))))
+    data = SampleDataset(samples, SampleEncoder(processor), cache_bytes=10**6)
+    loader = make_loader(data, batch_size=2, collate=Collator(0), num_workers=workers)
+    for _ in range(2):
+        batches = list(loader)
+        assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
+        assert sum(len(batch["pixel_values"]) for batch in batches) == 4 * (1 + 2 + 3 + 4)
+
+
+def test_importing_the_data_part_loads_nothing_heavy():
+    code = (
+        "import sys, floatline.train.data\n"
+        "print([name for name in ('transformers', 'torchdata', 'PIL', 'jinja2') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

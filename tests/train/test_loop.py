@@ -1,0 +1,166 @@
+"""Whole runs on a real model class: start to end, resume, refusal, failure."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from floatline.errors import CheckpointError, NonFiniteError, RunDirectoryError
+from floatline.train import load_recipe, train
+from floatline.train.checkpoint import find_fault, list_checkpoints
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path):
+    """Train with overrides; `run(name, ...)` uses run directory `name`."""
+
+    def start(name="run", *overrides):
+        return train(load_recipe(recipe_file, [f"run.dir={tmp_path / name}", *overrides]))
+
+    return start
+
+
+def records(path, kind):
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["kind"] == kind]
+
+
+def test_a_run_leaves_everything_a_reader_needs(run, tmp_path):
+    result = run()
+    home = tmp_path / "run"
+    assert result.status == "finished" and result.evaluation["split"] == "test"
+    assert [r["step"] for r in records(home, "step")] == list(range(1, 13))
+    assert [(r["split"], r["samples"]) for r in records(home, "eval")] == [("validation", 8)] * 2 + [("test", 8)]
+    manifest = json.loads((home / "run.json").read_text())
+    assert manifest["status"] == "finished" and manifest["parameters"]["trainable"] > 1e5
+    assert all(choice["reason"] for choice in manifest["choices"])
+    assert len((home / "samples.jsonl").read_text().splitlines()) == 8
+    assert list((home / "tensorboard").iterdir())
+    assert all(find_fault(path) is None for path in list_checkpoints(home / "checkpoints"))
+    step = records(home, "step")[0]
+    assert step["loss"] > 0 and step["tokens"] > step["target_tokens"] > 0 and step["memory_bytes"] > 1e8
+
+
+def test_every_checkpoint_loads_with_transformers(run, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    run()
+    for path in list_checkpoints(tmp_path / "run/checkpoints"):
+        model = AutoModelForImageTextToText.from_pretrained(path)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_finished_run_is_not_run_again(run, tmp_path):
+    run()
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert run().status == "already finished"
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_the_resolved_recipe_runs_the_same_again(run, tmp_path, losses):
+    run("a")
+    train(load_recipe(tmp_path / "a/recipe.yaml", [f"run.dir={tmp_path / 'b'}"]))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_evaluating_more_often_changes_no_loss(run, tmp_path, losses):
+    run("a")
+    run("b", "eval.every=1", "train.checkpoint_every=1")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_micro_batches_give_the_same_losses(run, tmp_path, losses):
+    run("a", "precision=32-true")
+    run("b", "precision=32-true", "train.micro_batch_size=2")
+    for (_, loss, norm, _), (_, other, other_norm, _) in zip(
+        losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True
+    ):
+        assert loss == pytest.approx(other, rel=1e-4) and norm == pytest.approx(other_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-true", "16-true", "bf16-mixed; model.visual=32"])
+def test_every_precision_runs_and_resumes_exactly(run, tmp_path, losses, precision):
+    """A run that ends early and is resumed equals one that was never stopped."""
+    run("whole", f"precision={precision}")
+    run("parts", f"precision={precision}")
+    parts = tmp_path / "parts"
+    for path in list_checkpoints(parts / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    manifest = json.loads((parts / "run.json").read_text())
+    (parts / "run.json").write_text(json.dumps(manifest | {"status": "running"}))
+    run("parts", f"precision={precision}")
+    assert json.loads((parts / "run.json").read_text())["resumed"]
+    assert losses(parts) == losses(tmp_path / "whole")
+
+
+def _forget_the_end(home, keep):
+    """Put a finished run back to where only its first `keep` checkpoints existed."""
+    for path in list_checkpoints(home / "checkpoints")[keep:]:
+        shutil.rmtree(path)
+    manifest = json.loads((home / "run.json").read_text())
+    (home / "run.json").write_text(json.dumps(manifest | {"status": "running"}))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(run, tmp_path, losses, capsys):
+    run("run", "train.keep_last=9")
+    whole = losses(tmp_path / "run")
+    _forget_the_end(tmp_path / "run", keep=2)
+    victim = list_checkpoints(tmp_path / "run/checkpoints")[-1] / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    run("run", "train.keep_last=9")
+    assert f"damaged checkpoint passed over: {victim}" in capsys.readouterr().err.replace("\n", "")
+    assert losses(tmp_path / "run") == whole
+
+
+def test_another_recipe_in_the_same_directory_is_refused(run):
+    run()
+    with pytest.raises(RunDirectoryError, match=r"holds a run of another recipe: train.lr was 0.001, now 0.5\nhint: "):
+        run("run", "train.lr=0.5")
+
+
+def test_changed_data_cannot_be_resumed(run, tmp_path, digits, recipe_file):
+    copy = tmp_path / "data"
+    shutil.copytree(digits / "data", copy)
+    override = f"data.train={copy / 'train.jsonl'}"
+    run("run", override)
+    _forget_the_end(tmp_path / "run", keep=1)
+    lines = (copy / "train.jsonl").read_text().splitlines()
+    (copy / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(RunDirectoryError, match="has changed since this run began"):
+        run("run", override)
+
+
+def test_a_model_with_a_nan_weight_is_stopped_and_nothing_is_lost(run, tmp_path, digits):
+    model = tmp_path / "model"
+    shutil.copytree(digits / "model", model)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    weights[name][0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="stopped after 5 skipped updates in a row: the loss was nan at update 5"):
+        run("run", f"model.path={model}", "train.steps=30")
+    home = tmp_path / "run"
+    assert json.loads((home / "run.json").read_text())["status"] == "stopped"
+    assert [r["applied"] for r in records(home, "step")] == [False] * len(records(home, "step"))
+    assert [r["what"] for r in records(home, "fault")][:4] == ["loss"] * 4
+
+
+def test_a_full_disk_keeps_earlier_checkpoints(run, tmp_path, monkeypatch):
+    from floatline.train import checkpoint
+
+    saved = torch.save
+
+    def full(state, path, *args):
+        if "00000008" in str(path):
+            raise OSError(28, "No space left on device")
+        saved(state, path, *args)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"step-00000008 could not be written: .*No space left"):
+        run("run", "eval.every=100")
+    assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000004"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    assert run("run", "eval.every=100").status == "finished"
