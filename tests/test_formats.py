@@ -62,7 +62,7 @@ def test_spacing_is_the_distance_to_the_next_value(value, name):
 def test_errors_name_value_and_way_out():
     with pytest.raises(ConfigError, match=r"unknown number format 'bf61'\nhint: did you mean 'bf16'"):
         number_format("bf61")
-    with pytest.raises(ConfigError, match="70000.*fp16.*65504"):
+    with pytest.raises(ConfigError, match=r"70000.*fp16.*65504"):
         FORMATS["fp16"].spacing(70000.0)
 
 

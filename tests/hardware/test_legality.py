@@ -32,8 +32,16 @@ def test_reason_names_capability_and_threshold():
     assert format_verdict(lookup("t4"), "bf16").reason == "t4 is Turing, capability 7.5; bf16 units start at 8.0"
 
 
-@pytest.mark.parametrize(("gpu", "kernel", "ok"), [("t4", "flash", False), ("t4", "efficient", True), ("a100", "flash", True),
-                                                    ("a100", "flash-attn-3", False), ("h100", "flash-attn-3", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gpu", "kernel", "ok"),
+    [
+        ("t4", "flash", False),
+        ("t4", "efficient", True),
+        ("a100", "flash", True),
+        ("a100", "flash-attn-3", False),
+        ("h100", "flash-attn-3", True),
+    ],
+)
 def test_attention_kernels(gpu, kernel, ok):
     assert bool(attention_verdict(lookup(gpu), kernel)) is ok
 
@@ -56,7 +64,8 @@ def test_names_and_aliases():
     assert lookup("A100_40GB") is CATALOG["a100-40gb"]
     with pytest.raises(ConfigError, match=r"unknown hardware 't5'"):
         lookup("t5")
-    assert "h200" in str(pytest.raises(ConfigError, lookup, "h20").value)
+    with pytest.raises(ConfigError, match="did you mean 'h200'"):
+        lookup("h20")
 
 
 def test_unknown_kernel_and_format_are_errors():

@@ -160,7 +160,9 @@ def test_batches_are_dicts_tuples_or_tensors(loss, batch):
             return super().forward(x).mean()
 
     model = Scalar(3, 1)
-    assert fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="32-true", loss=loss)(batch).applied
+    assert fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="32-true", loss=loss)(
+        batch
+    ).applied
 
 
 def test_the_optimizer_may_be_a_factory():
