@@ -141,7 +141,9 @@ def test_tied_weights_stay_tied():
     assert model[0].weight is model[1].weight and model[0].weight.dtype == F32
 
 
-@pytest.mark.parametrize(("policy", "half", "way_out"), [("16-mixed", F16, "16-true"), ("bf16-mixed", B16, "bf16-true")])
+@pytest.mark.parametrize(
+    ("policy", "half", "way_out"), [("16-mixed", F16, "16-true"), ("bf16-mixed", B16, "bf16-true")]
+)
 def test_trainable_half_weights_under_mixed_are_refused(policy, half, way_out):
     with pytest.raises(PrecisionError, match=rf"trainable {half} weights \(0.weight\)(.|\n)*precision={way_out}"):
         apply_precision(net().to(half), Policy.parse(policy))

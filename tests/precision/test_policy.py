@@ -73,7 +73,9 @@ def test_patterns(pattern, name, matched):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(2, 2), "attn": nn.Linear(2, 2)}) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"mlp": nn.Linear(2, 2), "attn": nn.Linear(2, 2)}) for _ in range(2)]
+        )
         self.word_embedding = nn.Embedding(3, 2)
 
 
@@ -87,7 +89,9 @@ def test_rules_select_modules():
 
 
 def test_a_rule_that_matches_nothing_names_near_modules():
-    with pytest.raises(PrecisionError, match=r"block\.\*\.mlp=32 matches no module of Net\nhint: near names: .*blocks.0.mlp"):
+    with pytest.raises(
+        PrecisionError, match=r"block\.\*\.mlp=32 matches no module of Net\nhint: near names: .*blocks.0.mlp"
+    ):
         match_rules(Net(), Policy.parse("bf16-mixed; block.*.mlp=32"))
     assert near_names(Net(), "zzz") == []
 

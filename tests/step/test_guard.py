@@ -10,7 +10,7 @@ from torch import nn
 
 import floatline as fl
 from floatline.errors import ConfigError, NonFiniteError
-from floatline.step.guard import What
+from floatline.step.guard import What, step_by_select
 
 NAN, INF = float("nan"), float("inf")
 
@@ -137,3 +137,22 @@ def test_counters_survive_a_checkpoint():
     assert other.sentinel.skipped == 2
     with pytest.raises(NonFiniteError):
         other(torch.full((4, 3), NAN))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_fused_optimizers_select_on_the_device(optimizer):
+    """The path that CUDA takes: the optimizer gets the verdict as a tensor and nobody reads it."""
+    plain, selected = nn.Linear(3, 1), nn.Linear(3, 1)
+    selected.load_state_dict(plain.state_dict())
+    kinds = [optimizer(model.parameters(), lr=0.1, fused=True) for model in (plain, selected)]
+    for finite in (True, False, True):
+        for model in (plain, selected):
+            model.zero_grad()
+            model(torch.ones(2, 3)).square().mean().backward()
+        if finite:
+            kinds[0].step()
+        else:
+            selected.weight.grad.fill_(NAN)
+        step_by_select(kinds[1], torch.tensor(finite))
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), selected.parameters(), strict=True))
+    assert not hasattr(kinds[1], "found_inf")

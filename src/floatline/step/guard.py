@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -83,6 +84,17 @@ class Skip:
         return f"scaled fp16 gradients overflowed at update {self.step}; the loss scale was halved"
 
 
+def step_by_select(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Run `step()` of a fused optimizer, which leaves parameters and state alone on the device if not `finite`."""
+    selecting: Any = optimizer
+    selecting.grad_scale = None
+    selecting.found_inf = torch.where(finite, 0.0, 1.0)
+    try:
+        optimizer.step()
+    finally:
+        del selecting.grad_scale, selecting.found_inf
+
+
 class Sentinel:
     """The guard at work: judges updates, makes the good ones, counts the rest.
 
@@ -101,7 +113,7 @@ class Sentinel:
         self.skips: deque[Skip] = deque(maxlen=1000)
         self.skipped = 0
         self._row: dict[bool, int] = {True: 0, False: 0}
-        self._pending: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._pending: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
 
     @staticmethod
     def judge(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
@@ -111,10 +123,7 @@ class Sentinel:
     def make_update(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
         """Run `optimizer.step()` if the verdict is good, without waiting where the optimizer can select."""
         if finite.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale = None  # type: ignore[attr-defined]
-            optimizer.found_inf = torch.where(finite, 0.0, 1.0)  # type: ignore[attr-defined]
-            optimizer.step()
-            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            step_by_select(optimizer, finite)
         elif finite:
             optimizer.step()
 
@@ -131,7 +140,7 @@ class Sentinel:
             host.copy_(values, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-            self._pending = (step, host, done)  # type: ignore[assignment]
+            self._pending = (step, host, done)
         else:
             self._count(step, loss.item(), grad_norm.item())
 
@@ -144,7 +153,7 @@ class Sentinel:
         if self._pending is not None:
             step, host, done = self._pending
             self._pending = None
-            done.synchronize()  # type: ignore[attr-defined]
+            done.synchronize()
             self._count(step, *host.tolist())
 
     def _count(self, step: int, loss: float, grad_norm: float) -> None:

@@ -39,7 +39,9 @@ class DataSection(Section):
     validation: str | None = Field(None, description="messages JSONL for evaluation during the run")
     test: str | None = Field(None, description="messages JSONL for the final evaluation of the best checkpoint")
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="what an unusable sample does")
-    max_pixels: Count | None = Field(None, description="largest image (width x height) that is accepted")
+    max_pixels: Count | None = Field(
+        None, description="largest image (width x height) that is accepted; null lets the processor resize"
+    )
     max_answer_tokens: Count = Field(64, description="longest answer that is accepted, and longest generated")
     max_length: Count | None = Field(None, description="longest sequence that is accepted, in tokens")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="processes that prepare samples")

@@ -194,6 +194,7 @@ def _build(
         num_workers=recipe.data.num_workers or 0,
         collate=MicroBatches(Collator(pad), recipe.train.micro_batch_size or recipe.train.batch_size),
         drop_last=True,
+        pin_memory=resolved.device.type == "cuda",
     )
     evaluator = Evaluator(
         model,
