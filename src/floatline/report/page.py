@@ -1,0 +1,134 @@
+"""The report as one HTML page that needs nothing outside itself.
+
+Styles, drawings and pictures stand in the page, and its content security policy forbids it to load anything. There is
+no script: the filter over the samples is a pair of radio buttons. Colours follow the reader's light or dark setting;
+paper is always light.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from floatline.errors import ConfigError, RunDirectoryError
+from floatline.report.compare import Table, differences, labels, side_by_side
+from floatline.report.drawing import POINTS, Plot
+from floatline.report.gallery import CARDS, IMAGE_BUDGET, Card, gallery
+from floatline.report.load import RunData
+from floatline.report.need import need
+from floatline.report.overlay import compare_plots
+from floatline.report.plots import run_plots
+from floatline.report.sections import Split, facts, splits, tiles
+from floatline.report.summary import Summary, choices_of, status_words, summarize, verdict
+
+ROWS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPart:
+    """Everything the template shows of one run."""
+
+    number: int
+    label: str
+    run: RunData
+    summary: Summary
+    verdict: str
+    status: tuple[str, str, str]
+    tiles: list[Any]
+    plots: list[Plot]
+    cards: list[Card]
+    splits: list[Split]
+    facts: list[tuple[str, str]]
+    choices: list[Any]
+    error: str
+    rows: int = ROWS
+
+
+def write_html(runs: Sequence[RunData], path: str | Path) -> Path:
+    """Write the report of one or several runs as one HTML file.
+
+    Args:
+        runs: What `load_run` returned; several runs are set side by side first.
+        path: The file to write. It appears complete or not at all; missing directories are made.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: `runs` is empty, or matplotlib or jinja2 is not installed.
+        RunDirectoryError: The file cannot be written.
+    """
+    path = Path(path)
+    text = render_html(runs)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", errors="replace")  # JSON can hold half a character
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise RunDirectoryError(
+            f"cannot write {path}: {error.strerror}", hint="give a path you may write to, on a disk with room"
+        ) from error
+    return path
+
+
+def render_html(runs: Sequence[RunData]) -> str:
+    """Return the report as HTML text; see `write_html`.
+
+    Args:
+        runs: One or several runs.
+
+    Returns:
+        A complete page.
+
+    Raises:
+        ConfigError: `runs` is empty, or matplotlib or jinja2 is not installed.
+    """
+    if not runs:
+        raise ConfigError("there is no run to report", hint="give one or several run directories")
+    jinja2 = need("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    several = len(runs) > 1
+    points = max(POINTS // len(runs), 150)
+    table: Table | None = side_by_side(runs) if several else None
+    return environment.from_string(_resource("page.html")).render(
+        parts=[_part(index, label, run, len(runs)) for index, (label, run) in enumerate(zip(labels(runs), runs))],
+        table=table,
+        overlays=compare_plots(runs, points=points) if several else [],
+        differences=differences(runs) if several else [],
+        labels=labels(runs),
+        style=_resource("page.css"),
+        title=runs[0].name if not several else f"{len(runs)} runs side by side",
+    )
+
+
+def _part(index: int, label: str, run: RunData, runs: int) -> RunPart:
+    summary = summarize(run)
+    return RunPart(
+        number=index,
+        label=label,
+        run=run,
+        summary=summary,
+        verdict=verdict(summary),
+        status=status_words(summary.status),
+        tiles=tiles(run, summary),
+        plots=run_plots(run, name=f"r{index}", points=max(POINTS // runs, 150)),
+        cards=gallery(run, cards=max(CARDS // runs, 12), budget=IMAGE_BUDGET // runs) if run.samples else [],
+        splits=splits(run),
+        facts=facts(run),
+        choices=choices_of(run),
+        error=str(run.info.get("error") or ""),
+    )
+
+
+def _resource(name: str) -> str:
+    return files("floatline.report").joinpath(name).read_text(encoding="utf-8")

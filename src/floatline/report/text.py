@@ -1,0 +1,172 @@
+"""The report as plain text, for a terminal, a log or a mail: no colour, no cursor movement, no mark-up.
+
+What a model or a data file says may hold control characters, which a terminal would obey; they are shown as `?`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from floatline.errors import ConfigError
+from floatline.report.compare import differences, labels, side_by_side
+from floatline.report.curves import finite
+from floatline.report.drawing import smoothed_loss
+from floatline.report.gallery import pick
+from floatline.report.load import RunData
+from floatline.report.records import as_text
+from floatline.report.sections import splits, tiles
+from floatline.report.summary import choices_of, summarize, verdict
+from floatline.report.units import DASH, number_text
+
+WIDTH = 110
+LISTED = 8
+ABREAST = 4
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def render_text(runs: Sequence[RunData], *, width: int = WIDTH) -> str:
+    """Render the report of one or several runs as plain text.
+
+    Args:
+        runs: What `load_run` returned; several runs get the comparison and a verdict each.
+        width: Columns at most.
+
+    Returns:
+        Text that ends with a newline and reads the same with and without a terminal.
+
+    Raises:
+        ConfigError: `runs` is empty.
+
+    Example:
+        print(render_text([load_run("runs/digits")]))
+    """
+    if not runs:
+        raise ConfigError("there is no run to report", hint="give one or several run directories")
+    out = _Paper(width)
+    if len(runs) > 1:
+        _comparison(out, runs)
+    else:
+        _one(out, runs[0], labels(runs)[0])
+    return out.text()
+
+
+class _Paper:
+    """Collects lines and tables, without colour, and with no control character but the line's end."""
+
+    def __init__(self, width: int) -> None:
+        import rich.console
+
+        self.file = io.StringIO()
+        plain: dict[str, Any] = {"color_system": None, "force_terminal": False}
+        plain |= {"highlight": False, "markup": False, "emoji": False}
+        self.console: Console = rich.console.Console(file=self.file, width=width, **plain)
+
+    def line(self, text: str = "") -> None:
+        self.console.print(clean(text))
+
+    def table(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for heading in headings:
+            table.add_column(clean(heading), overflow="fold")
+        for row in rows:
+            table.add_row(*(clean(cell) for cell in row))
+        self.line()
+        self.line(title)
+        self.console.print(table)
+
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.file.getvalue().splitlines()) + "\n"
+
+
+def clean(text: str) -> str:
+    """Return text on one line, in which nothing can command a terminal.
+
+    >>> clean("a\\tb\\x1b[31m")
+    'a b?[31m'
+    """
+    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Return a curve as a row of bars; gaps are spaces.
+
+    >>> sparkline([1.0, 2.0, float("nan"), 3.0])
+    '▁▅ █'
+    """
+    known = finite(values)
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    picks = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in picks)
+
+
+def _one(out: _Paper, run: RunData, label: str) -> None:
+    summary = summarize(run)
+    out.line(label)
+    out.line(verdict(summary))
+    for note in run.notes:
+        out.line(f"note: {note}")
+    if run.info.get("error"):
+        out.line(f"error: {run.info['error']}")
+    out.table("Result", ("what", "value", ""), [(tile.name, tile.value, tile.small) for tile in tiles(run, summary)])
+    out.line()
+    out.line(f"Loss {_course(run)}")
+    if run.faults:
+        rows = [(str(f.step), f.what, f.action, f.reason) for f in run.faults[:LISTED]]
+        out.table(_title("Faults and overflows", len(run.faults)), ("update", "what", "action", "reason"), rows)
+    wrong = [sample for sample in pick(run.samples) if sample.correct is False]
+    if wrong:
+        total = sum(sample.correct is False for sample in run.samples)
+        answers = [(sample.question, sample.answer or "(nothing)", sample.truth) for sample in wrong[:LISTED]]
+        title = _title(f"Wrong answers among {len(run.samples)} samples", total)
+        out.table(title, ("question", "model", "truth"), answers)
+    if data := splits(run):
+        out.table("Data", ("split", "samples", "left out"), [(s.name, s.samples, str(s.skipped)) for s in data])
+    left_out = [item for split in data for item in split.listed]
+    if left_out:
+        out.table(_title("Left out", len(left_out)), ("where", "reason"), left_out[:LISTED])
+    if choices := choices_of(run):
+        rows3 = [tuple(as_text(choice.get(key)) for key in ("key", "value", "reason")) for choice in choices]
+        out.table("Automatic choices", ("key", "value", "reason"), rows3)
+
+
+def _course(run: RunData) -> str:
+    course = smoothed_loss(run)
+    known = finite(course)
+    return f"{number_text(known[0])} {sparkline(course)} {number_text(known[-1])}" if known else DASH
+
+
+def _title(title: str, total: int) -> str:
+    return f"{title} (first {LISTED} of {total})" if total > LISTED else title
+
+
+def _comparison(out: _Paper, runs: Sequence[RunData]) -> None:
+    table = side_by_side(runs)
+    out.line(f"{len(runs)} runs side by side")
+    rows = [[cell.text + (" *" if cell.best else "") for cell in row] for row in table.rows]
+    for start in range(0, len(rows), ABREAST):
+        shown = rows[start : start + ABREAST]
+        title = "Result (* best of all runs)" if start == 0 else "Result, continued"
+        headings = (table.headings[0], *(row[0] for row in shown))
+        out.table(title, headings, zip(table.headings[1:], *(row[1:] for row in shown)))
+    out.line()
+    for label, run in zip(labels(runs), runs):
+        out.line(f"{label}: {verdict(summarize(run))}")
+        out.line(f"  loss {_course(run)}")
+        for note in run.notes:
+            out.line(f"  note: {note}")
+    changed = differences(runs)
+    if changed:
+        out.table("Where the recipes differ", ("key", *labels(runs)), [(key, *values) for key, values in changed])
