@@ -24,6 +24,7 @@ from floatline.train.checkpoint import prune, save_checkpoint
 from floatline.train.data import token_counts
 from floatline.train.evaluate import Evaluation
 from floatline.train.hub import load_model
+from floatline.train.identity import is_same_recipe
 from floatline.train.manifest import Manifest
 from floatline.train.progress import make_view
 from floatline.train.recipe import Recipe
@@ -66,7 +67,7 @@ def train(recipe: Recipe, *, command: str = "", console: Console | None = None) 
     console = console or Console(stderr=True)
     with RunDirectory(recipe.run.dir) as rundir:
         manifest = Manifest(rundir)
-        if manifest.values.get("status") == "finished" and _same_recipe(manifest, recipe):
+        if manifest.values.get("status") == "finished" and is_same_recipe(manifest, recipe.model_dump(mode="json")):
             return RunResult(rundir.path, "already finished", manifest.values.get("result"))
         manifest.begin(command)
         try:
@@ -83,10 +84,6 @@ def train(recipe: Recipe, *, command: str = "", console: Console | None = None) 
             raise
         manifest.end("finished")
         return RunResult(rundir.path, "finished", result)
-
-
-def _same_recipe(manifest: Manifest, recipe: Recipe) -> bool:
-    return recipe.model_dump(mode="json") in (manifest.values.get("asked"), manifest.values.get("resolved"))
 
 
 def _note_failure(manifest: Manifest, error: FloatlineError) -> None:

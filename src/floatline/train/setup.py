@@ -16,14 +16,14 @@ import torch
 import yaml
 from torch import nn
 
-from floatline.errors import RunDirectoryError
 from floatline.step import Guard, TrainStep
 from floatline.train import rng
-from floatline.train.checkpoint import list_checkpoints, load_state, newest_sound, step_of
+from floatline.train.checkpoint import load_state, newest_sound, step_of
 from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import load_model, load_processor
+from floatline.train.identity import has_checkpoints, refuse_changed_data, refuse_other_recipe
 from floatline.train.manifest import Manifest
 from floatline.train.recipe import Recipe, parse_recipe
 from floatline.train.resolve import Resolved, resolve_recipe
@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) 
         FloatlineError: One of its kinds, for anything in recipe, data, model or run directory that is not right.
     """
     asked = recipe.model_dump(mode="json")
-    _refuse_foreign_run(rundir, manifest, asked)
+    refuse_other_recipe(manifest, asked)
     processor = load_processor(recipe.model.path)
     encoder = SampleEncoder(
         processor, max_length=recipe.data.max_length, max_answer_tokens=recipe.data.max_answer_tokens
@@ -63,39 +63,6 @@ def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) 
     samples = _read_all(recipe, encoder, manifest, say)
     resolved = _resolve(recipe, asked, rundir, manifest, len(samples["train"]), say)
     return _build(resolved, encoder, samples, rundir, manifest, say)
-
-
-def _refuse_foreign_run(rundir: RunDirectory, manifest: Manifest, asked: dict[str, Any]) -> None:
-    """A run directory with checkpoints belongs to the recipe that made them."""
-    if not list_checkpoints(rundir.checkpoints):
-        return
-    known = [tree for tree in (manifest.values.get("asked"), manifest.values.get("resolved")) if tree]
-    if known and asked not in known:
-        key, before, after = _first_difference(known[0], asked)
-        raise RunDirectoryError(
-            f"{rundir.path} holds a run of another recipe: {key} was {before!r}, now {after!r}",
-            hint="choose another run.dir, or go back to the recipe that this run was started with",
-        )
-
-
-def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any]:
-    flat_before, flat_after = flatten(before), flatten(after)
-    for key in {**flat_before, **flat_after}:
-        if flat_before.get(key) != flat_after.get(key):
-            return key, flat_before.get(key), flat_after.get(key)
-    return "recipe", None, None
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict with dotted keys.
-
-    >>> flatten({"train": {"lr": 0.1}, "precision": "auto"})
-    {'train.lr': 0.1, 'precision': 'auto'}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _read_all(recipe: Recipe, encoder: SampleEncoder, manifest: Manifest, say: Say) -> dict[str, list[Sample]]:
@@ -118,19 +85,9 @@ def _read_all(recipe: Recipe, encoder: SampleEncoder, manifest: Manifest, say: S
         }
         if checked.bad:
             say(f"{path}: {len(checked.bad)} bad samples skipped, first: {checked.bad[0].reason}")
-    _refuse_changed_data(manifest, facts)
+    refuse_changed_data(manifest, facts)
     manifest.values["data"] = facts
     return samples
-
-
-def _refuse_changed_data(manifest: Manifest, facts: dict[str, Any]) -> None:
-    before = manifest.values.get("data", {}).get("train")
-    resuming = bool(list_checkpoints(manifest.rundir.checkpoints))
-    if resuming and before and before["sha256"] != facts["train"]["sha256"]:
-        raise RunDirectoryError(
-            f"{facts['train']['path']} has changed since this run began, so it cannot be resumed exactly",
-            hint="choose another run.dir to train on the changed data",
-        )
 
 
 def _resolve(
@@ -138,7 +95,7 @@ def _resolve(
 ) -> Resolved:
     resolved = resolve_recipe(recipe, train_samples=train_samples)
     stored = manifest.values.get("resolved")
-    if stored and list_checkpoints(rundir.checkpoints):  # the choices of the first start stay, wherever it goes on
+    if stored and has_checkpoints(manifest):  # the choices of the first start stay, wherever it goes on
         resolved.recipe = parse_recipe(stored, str(rundir.path / "recipe.yaml"))
     for choice in resolved.choices:
         say(f"{choice.key} = {choice.value}  ({choice.reason})")
