@@ -19,7 +19,7 @@ def digits(tmp_path_factory):
 
     home = tmp_path_factory.mktemp("digits")
     scenes.write_scenes(home / "data", train=48, validation=8, test=8, seed=0)
-    tiny_vlm.build(home / "model", tiny_vlm.texts_of(home / "data"))
+    tiny_vlm.build(home / "model", scenes.read_texts(home / "data/train.jsonl"))
     return home
 
 
