@@ -1,18 +1,27 @@
 """The command line: exit codes, streams, and one clear error for each mistake."""
 
 import json
-import os
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 
-def floatline(*args, **kwargs):
-    environment = {**os.environ, "COLUMNS": "100"}
-    line = [sys.executable, "-m", "floatline", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment, **kwargs)
+@pytest.fixture
+def floatline(monkeypatch, capsys):
+    """Runs a command line in this process: importing transformers anew for each would take minutes."""
+    from floatline.cli import main
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["floatline", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 def fails(done, *texts, code=2):
@@ -23,7 +32,7 @@ def fails(done, *texts, code=2):
     assert done.stderr.count("error:") == 1
 
 
-def test_formats_and_doctor():
+def test_formats_and_doctor(floatline):
     rows = json.loads(floatline("formats", "--json").stdout)
     assert next(row for row in rows if row["format"] == "fp16")["max"] == 65504
     assert "bf16" in floatline("formats").stdout
@@ -33,14 +42,14 @@ def test_formats_and_doctor():
     assert "precision auto = 16-mixed" in t4 and "bf16 units start at 8.0" in t4
 
 
-def test_mistakes_on_the_command_line():
+def test_mistakes_on_the_command_line(floatline):
     fails(floatline("doctor", "--hardware", "t5"), "unknown hardware 't5'", "hint:")
     fails(floatline("train", "none.yaml"), "recipe none.yaml does not exist")
     fails(floatline("report", "none"), "none", "hint:")
     assert floatline("nonsense").returncode == 2
 
 
-def test_train_to_report(recipe_file, tmp_path):
+def test_train_to_report(floatline, recipe_file, tmp_path):
     done = floatline("train", recipe_file, "train.steps=4", "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
@@ -81,7 +90,7 @@ def sample(image="bad.png", answer="7", question="Which digit?"):
     return json.dumps({"messages": turns})
 
 
-def test_each_kind_of_bad_sample_names_file_and_line(recipe_file, bad_data):
+def test_each_kind_of_bad_sample_names_file_and_line(floatline, recipe_file, bad_data):
     cases = [
         ("{", None, "bad.jsonl:3"),
         ('{"text": "x"}', None, "messages"),
@@ -95,7 +104,7 @@ def test_each_kind_of_bad_sample_names_file_and_line(recipe_file, bad_data):
         fails(done, "bad.jsonl:3", text, "hint:")
 
 
-def test_bad_samples_can_be_skipped_and_are_listed(recipe_file, bad_data, tmp_path):
+def test_bad_samples_can_be_skipped_and_are_listed(floatline, recipe_file, bad_data, tmp_path):
     done = floatline("train", recipe_file, bad_data(sample("absent.png")), "data.on_bad_sample=skip", "train.steps=1")
     assert done.returncode == 0, done.stderr
     skipped = json.loads((tmp_path / "run/run.json").read_text())["data"]["train"]["skipped"]
@@ -117,5 +126,5 @@ def test_bad_samples_can_be_skipped_and_are_listed(recipe_file, bad_data, tmp_pa
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) and "=" in value[0] else "",
 )
-def test_mistakes_in_a_recipe(recipe_file, overrides, texts):
+def test_mistakes_in_a_recipe(floatline, recipe_file, overrides, texts):
     fails(floatline("train", recipe_file, *overrides), *texts)

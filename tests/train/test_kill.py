@@ -26,29 +26,32 @@ def finish(line):
 
 def wait_for_first_update(process, directory):
     """Wait until the run has logged an update, so that kills fall into the run and not into imports."""
-    while process.poll() is None and not (directory / "metrics.jsonl").exists():
-        time.sleep(0.02)
+    path = directory / "metrics.jsonl"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
+        time.sleep(0.01)
 
 
 def kill_and_resume(recipe_file, tmp_path, losses, kills, seed):
+    """Kill a run `kills` times while it trains, evaluates or saves; returns how often it was still running."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(command(recipe_file, whole))
+    wait_for_first_update(process, whole)
     began = time.monotonic()
-    finish(command(recipe_file, whole))
+    process.communicate()
     length = time.monotonic() - began
     generator = random.Random(seed)
-    done = 0
-    while done < kills:
+    hits = 0
+    for _ in range(kills):
         process = start(command(recipe_file, killed))
         wait_for_first_update(process, killed)
-        time.sleep(generator.uniform(0, length / 2))
-        if process.poll() is not None:
-            break  # it reached the end between two kills
+        time.sleep(generator.uniform(0, 0.7 * length))
+        hits += process.poll() is None
         process.kill()
         process.wait()
-        done += 1
     finish(command(recipe_file, killed))
     assert losses(killed) == losses(whole)
-    return done
+    return hits
 
 
 def test_killed_three_times(recipe_file, tmp_path, losses):

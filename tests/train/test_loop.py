@@ -32,11 +32,13 @@ def test_a_run_leaves_everything_a_reader_needs(run, tmp_path):
     home = tmp_path / "run"
     assert result.status == "finished" and result.evaluation["split"] == "test"
     assert [r["step"] for r in records(home, "step")] == list(range(1, 13))
-    assert [(r["split"], r["samples"]) for r in records(home, "eval")] == [("validation", 8)] * 2 + [("test", 8)]
+    *validations, test = records(home, "eval")
+    assert [(r["split"], r["samples"]) for r in validations] == [("validation", 8)] * 2
+    assert test["split"] == "test" and test["samples"] == sum(g["total"] for g in test["groups"].values())
     manifest = json.loads((home / "run.json").read_text())
     assert manifest["status"] == "finished" and manifest["parameters"]["trainable"] > 1e5
     assert all(choice["reason"] for choice in manifest["choices"])
-    assert len((home / "samples.jsonl").read_text().splitlines()) == 8
+    assert len((home / "samples.jsonl").read_text().splitlines()) == test["samples"]
     assert list((home / "tensorboard").iterdir())
     assert all(find_fault(path) is None for path in list_checkpoints(home / "checkpoints"))
     step = records(home, "step")[0]

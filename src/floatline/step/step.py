@@ -9,7 +9,9 @@ the verdict (a non-finite update is not made).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -153,8 +155,7 @@ class TrainStep:
         self.sentinel.make_update(self.optimizer, finite)
         self.masters.push_weights()
         self.scaling.update()
-        if self.schedule is not None:
-            self.schedule.step()
+        self._step_schedule()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.sentinel.record(self.updates, loss, grad_norm)
@@ -181,6 +182,14 @@ class TrainStep:
         counts = [self.count(micro_batch) for micro_batch in micro_batches]
         total = sum(counts)
         return [count / total for count in counts]
+
+    def _step_schedule(self) -> None:
+        if self.schedule is None:
+            return
+        with warnings.catch_warnings() if self.updates == 0 else nullcontext():
+            if self.updates == 0:  # torch takes a first update that was skipped for a wrong order of calls
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.schedule.step()
 
     def _clip_gradients(self, parameters: list[torch.Tensor], grad_norm: torch.Tensor) -> None:
         if self.max_grad_norm is not None:
