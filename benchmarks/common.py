@@ -36,7 +36,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,17 +43,6 @@ from typing import Any
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def machine() -> dict[str, Any]:
@@ -105,9 +93,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def report(rows: list[dict[str, Any]], packages: Sequence[str], path: Path | None, **more: Any) -> None:
     """Print what the numbers were measured with, and write them to `path` as JSON where one is given."""
+    from floatline.train.manifest import versions
+
     facts = {
         "command": command(),
-        "versions": versions(*packages),
+        "versions": versions(packages),
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         **more,

@@ -60,6 +60,12 @@ class NonFiniteError(FloatlineError, ArithmeticError):
     exit_code = 1
 
 
+class MemoryExceededError(FloatlineError, RuntimeError):
+    """The run does not fit the device's memory."""
+
+    exit_code = 1
+
+
 class FloatlineWarning(UserWarning):
     """Something worked, but not as the user probably meant it."""
 

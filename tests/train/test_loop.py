@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from floatline.errors import CheckpointError, NonFiniteError, RunDirectoryError
+from floatline.errors import CheckpointError, MemoryExceededError, NonFiniteError, RunDirectoryError
 from floatline.train import load_recipe, train
 from floatline.train.checkpoint import find_fault, list_checkpoints
 
@@ -166,3 +166,24 @@ def test_a_full_disk_keeps_earlier_checkpoints(run, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
     monkeypatch.undo()
     assert run("run", "eval.every=100").status == "finished"
+
+
+def test_running_out_of_gpu_memory_says_what_to_try(run, tmp_path, monkeypatch):
+    from floatline.train import loop
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(loop.Loop, "_update", full)
+    with pytest.raises(MemoryExceededError, match=r"Tried to allocate 2.00 GiB.\nhint: try train.micro_batch_size=4"):
+        run()
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+
+
+def test_an_unexpected_error_is_noted_and_raised(run, tmp_path, monkeypatch):
+    from floatline.train import loop
+
+    monkeypatch.setattr(loop.Loop, "_update", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"

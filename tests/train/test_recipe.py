@@ -89,7 +89,7 @@ def test_every_open_choice_is_made_with_a_reason():
         for key, value in values.items()
         if value is None
     ]
-    assert set(gaps) == {"data.test", "data.max_pixels", "data.max_length", "train.epochs"}
+    assert set(gaps) == {"model.attention", "data.test", "data.max_pixels", "data.max_length", "train.epochs"}
     assert all(choice.reason for choice in resolved.choices)
     assert resolved.recipe.train.steps == 25
     assert {"precision", "train.steps", "run.threads"} <= {choice.key for choice in resolved.choices}
@@ -132,3 +132,9 @@ def test_hardware_decides_precision():
 )
 def test_weights_are_loaded_in_the_format_that_training_needs(precision, dtype):
     assert resolve_recipe(recipe(precision=precision), train_samples=100).recipe.model.dtype == dtype
+
+
+def test_flash_on_turing_is_refused_with_the_next_best():
+    with pytest.raises(ConfigError, match=r"Turing(.|\n)*use model.attention=sdpa: torch picks its efficient kernel"):
+        resolve_recipe(recipe(hardware="t4", model={"path": "m", "attention": "flash_attention_2"}), train_samples=100)
+    resolve_recipe(recipe(hardware="a100", model={"path": "m", "attention": "flash_attention_2"}), train_samples=100)

@@ -119,12 +119,13 @@ def _read_json(path: str, file: str) -> dict[str, Any]:
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
 
-def load_model(path: str, dtype: str) -> nn.Module:
+def load_model(path: str, dtype: str, attention: str | None = None) -> nn.Module:
     """Return the model of a directory or hub id, on the CPU.
 
     Args:
         path: Hugging Face directory or hub id: vision-language models first, else causal language models.
         dtype: Format of the weights: "fp32", "bf16" or "fp16".
+        attention: transformers' `attn_implementation`; None leaves the choice to transformers.
 
     Raises:
         ModelError: Nothing there, an unknown architecture, damaged weights, or weights missing from the files.
@@ -135,7 +136,9 @@ def load_model(path: str, dtype: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(path)
         image_text = transformers.AutoModelForImageTextToText
         auto = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
-        model, info = auto.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True)
+        model, info = auto.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
+        )
     except Exception as error:  # transformers and safetensors raise many types for one thing: it cannot be loaded
         raise ModelError(
             f"no model can be loaded from {path}: {_first_line(error)}",

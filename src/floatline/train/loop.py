@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from floatline.errors import FloatlineError, NonFiniteError
+from floatline.errors import FloatlineError, MemoryExceededError, NonFiniteError
 from floatline.observe import peak_memory, reset_peak_memory
 from floatline.train import rng
 from floatline.train.checkpoint import prune, save_checkpoint
@@ -73,24 +74,30 @@ def train(recipe: Recipe, *, command: str = "", console: Console | None = None) 
         try:
             run = prepare(recipe, rundir, manifest, lambda text: console.print(text, markup=False, highlight=False))
             result = Loop(run, console).run()
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             manifest.end("stopped", "interrupted; run the same command again to go on")
             return RunResult(rundir.path, "interrupted", None)
-        except NonFiniteError as error:
-            manifest.end("stopped", str(error))
-            raise
-        except FloatlineError as error:
-            _note_failure(manifest, error)
+        except torch.OutOfMemoryError as error:
+            _note_end(manifest, "failed", error)
+            raise _explain_memory(error, recipe) from error
+        except Exception as error:
+            _note_end(manifest, "stopped" if isinstance(error, NonFiniteError) else "failed", error)
             raise
         manifest.end("finished")
         return RunResult(rundir.path, "finished", result)
 
 
-def _note_failure(manifest: Manifest, error: FloatlineError) -> None:
+def _note_end(manifest: Manifest, status: str, error: Exception) -> None:
     try:
-        manifest.end("failed", str(error))
+        manifest.end(status, str(error))
     except FloatlineError:  # a full disk: the error on the screen is all there is
         return
+
+
+def _explain_memory(error: torch.OutOfMemoryError, recipe: Recipe) -> MemoryExceededError:
+    micro = recipe.train.micro_batch_size or recipe.train.batch_size
+    smaller = f"train.micro_batch_size={micro // 2} (the update stays the same)" if micro > 1 else "smaller images"
+    return MemoryExceededError(f"out of GPU memory: {str(error).splitlines()[0]}", hint=f"try {smaller}")
 
 
 class Loop:

@@ -32,6 +32,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     path: Annotated[str, Field(description="Hugging Face directory or hub id")]
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="format the weights are loaded in")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = Field(
+        None, description="attention kernel; null leaves it to transformers (SDPA where the model has it)"
+    )
 
 
 class DataSection(Section):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from floatline.errors import ConfigError
-from floatline.hardware import Hardware
+from floatline.hardware import Hardware, attention_verdict
 from floatline.hardware import resolve as resolve_hardware
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
@@ -56,6 +56,7 @@ def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = resolve_hardware(recipe.hardware)
     policy = _fill_precision(open_recipe, hardware)
+    _check_attention(recipe.model.attention, hardware)
     _fill_sizes(open_recipe, train_samples)
     _fill_data(open_recipe, device)
     _fill_rhythm(open_recipe, device)
@@ -97,6 +98,20 @@ def _fill_precision(filler: _Filler, hardware: Hardware) -> Policy:
     )
     filler.fill("model.dtype", dtype, why)
     return choice.policy
+
+
+def _check_attention(attention: str | None, hardware: Hardware) -> None:
+    """Refuse a kernel that the hardware cannot run; transformers would fail in the first forward, or fall back."""
+    kernels = {"flash_attention_2": "flash-attn-2", "flash_attention_3": "flash-attn-3", "flex_attention": "flex"}
+    if attention not in kernels:
+        return
+    verdict = attention_verdict(hardware, kernels[attention])
+    if not verdict:
+        fused = next((k for k in ("flash", "efficient") if attention_verdict(hardware, k)), "math")
+        raise ConfigError(
+            f"model.attention={attention} cannot run: {verdict.reason}",
+            hint=f"use model.attention=sdpa: torch picks its {fused} kernel there",
+        )
 
 
 def _fill_sizes(filler: _Filler, train_samples: int) -> None:

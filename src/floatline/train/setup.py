@@ -139,7 +139,8 @@ def _build(
         for split, found in samples.items()
     }
     checkpoint = newest_sound(rundir.checkpoints, lambda path, fault: say(f"damaged checkpoint passed over: {fault}"))
-    model = load_model(str(checkpoint) if checkpoint else recipe.model.path, recipe.model.dtype or "fp32")
+    source = str(checkpoint) if checkpoint else recipe.model.path
+    model = load_model(source, recipe.model.dtype or "fp32", recipe.model.attention)
     model.to(resolved.device).train()
     step = make_step(model, resolved)
     pad = pad_token_id(encoder.tokenizer)
