@@ -146,7 +146,7 @@ def test_a_model_with_a_nan_weight_is_stopped_and_nothing_is_lost(run, tmp_path,
     home = tmp_path / "run"
     assert json.loads((home / "run.json").read_text())["status"] == "stopped"
     assert [r["applied"] for r in records(home, "step")] == [False] * len(records(home, "step"))
-    assert [r["what"] for r in records(home, "fault")][:4] == ["loss"] * 4
+    assert [(r["step"], r["what"]) for r in records(home, "fault")] == [(step, "loss") for step in range(1, 6)]
 
 
 def test_a_full_disk_keeps_earlier_checkpoints(run, tmp_path, monkeypatch):

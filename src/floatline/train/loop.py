@@ -109,12 +109,12 @@ class Loop:
         self.step = run.step
         self.steps = run.recipe.train.steps or 0
         state = run.state or {}
-        self.epoch: int = state.get("epoch", 0)
         self.best: dict[str, Any] | None = state.get("best")
         self.stop = threading.Event()
         run.rundir.cut_metrics(self.step.updates)
         view = make_view(console, self.steps, self.step.updates)
-        self.telemetry = Telemetry(run.rundir, run.step, view, run.recipe.run.log_every or 1, self.step.updates)
+        log_every = run.recipe.run.log_every or 1
+        self.telemetry = Telemetry(run.rundir, run.step, view, log_every, self.steps, self.step.updates)
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end, then test; returns the last evaluation's record."""
@@ -157,7 +157,6 @@ class Loop:
                 yield batch
                 if self.step.updates >= self.steps:
                     return
-            self.epoch += 1
 
     def _update(self, batch: Any) -> None:
         """One update and what is due after it."""
@@ -221,7 +220,6 @@ class Loop:
             "step": self.step.state_dict(),
             "loader": run.loader.state_dict(),
             "rng": rng.capture(),
-            "epoch": self.epoch,
             "best": self.best,
         }
         save_checkpoint(run.rundir.checkpoints, self.step.updates, state, self._write_model)

@@ -1,7 +1,9 @@
 """The run's numbers: one record an update, in metrics.jsonl, as TensorBoard events and on the screen.
 
 Loss and gradient norm of several updates are read from the device together (`run.log_every`), because each read makes
-the host wait for a GPU. Non-finite values are logged as what they are.
+the host wait for a GPU. Non-finite values are logged as what they are. metrics.jsonl has every update; TensorBoard,
+which shows no more than a thousand points of a curve and whose writer thread competes with the loop for the
+interpreter, gets about that many.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from floatline.train.evaluate import Evaluation
 from floatline.train.progress import ProgressView
 from floatline.train.rundir import RunDirectory
 
+_TENSORBOARD_POINTS = 1000
 _TENSORBOARD_KEYS = ("loss", "grad_norm", "lr", "loss_scale", "tokens_per_s", "memory_bytes")
 
 
@@ -30,6 +33,7 @@ class Telemetry:
         step: The step whose loss scale and skipped updates are reported.
         view: What the person sees.
         log_every: Updates between reads from the device.
+        steps: Updates of the whole run.
         first_step: Updates made before, so that TensorBoard drops what a resumed run writes again.
     """
 
@@ -37,6 +41,7 @@ class Telemetry:
     step: TrainStep
     view: ProgressView
     log_every: int
+    steps: int
     first_step: int
     _waiting: list[tuple[StepOutput, dict[str, Any]]] = field(default_factory=list)
     _reported: int = 0
@@ -64,7 +69,7 @@ class Telemetry:
         if not self._waiting:
             return
         outputs = [output for output, _ in self._waiting]
-        values = torch.stack([t.float() for o in outputs for t in (o.loss, o.grad_norm, o.applied)]).tolist()
+        values = _read([tensor for o in outputs for tensor in (o.loss, o.grad_norm, o.applied)])
         now = time.perf_counter()
         seconds = (now - self._last) / len(outputs)
         self._last = now
@@ -84,9 +89,10 @@ class Telemetry:
     def _write(self, record: dict[str, Any]) -> None:
         record["tokens_per_s"] = record["tokens"] / record["step_s"]
         self.rundir.log(record)
-        for key in _TENSORBOARD_KEYS:
-            if record[key] is not None:
-                self.writer.add_scalar(f"train/{key}", record[key], record["step"])
+        if record["step"] % max(1, self.steps // _TENSORBOARD_POINTS) == 0:
+            for key in _TENSORBOARD_KEYS:
+                if record[key] is not None:
+                    self.writer.add_scalar(f"train/{key}", record[key], record["step"])
         self.view.show(record, self.step.sentinel.skipped)
 
     def _write_skips(self) -> None:
@@ -110,10 +116,18 @@ class Telemetry:
         self.view.say(describe_evaluation(evaluation, step))
 
     def close(self) -> None:
-        """Flush what waits and close the files."""
+        """Flush what waits, skipped updates that stopped the run included, and close the files."""
         self.flush()
+        self._write_skips()
         self.writer.close()
         self.view.close()
+
+
+def _read(tensors: list[torch.Tensor]) -> list[float]:
+    """Return 0-d tensors as numbers; from a GPU all of them with one wait."""
+    if tensors[0].is_cuda:
+        return torch.stack([tensor.float() for tensor in tensors]).tolist()
+    return [float(tensor) for tensor in tensors]
 
 
 def describe_evaluation(evaluation: Evaluation, step: int) -> str:
