@@ -46,7 +46,7 @@ F32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
         ("bf16-mixed; 1=32", [F32] * 3, [B16, F32, B16]),
         ("16-mixed; 1=bf16", [F32] * 3, [F16, B16, F16]),
         ("bf16-true; 1=32", [B16, F32, B16], [B16, F32, B16]),
-        ("32-true; 1=bf16", [F32, B16, F32], [F32, B16, F32]),
+        ("32-true; 1=bf16", [F32] * 3, [F32, B16, F32]),
     ],
 )
 def test_every_layer_computes_in_its_format(policy, weights, computed):
@@ -153,3 +153,60 @@ def test_frozen_half_weights_under_mixed_are_fine():
     model = net()
     model[0].to(B16).requires_grad_(False)
     apply_precision(model, Policy.parse("bf16-mixed"))
+
+
+def test_tied_weights_with_two_formats_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(PrecisionError, match="0 and 1 share a weight, but the rules give them"):
+        apply_precision(model, Policy.parse("bf16-true; 1=32"))
+    apply_precision(model, Policy.parse("bf16-true; 0=32; 1=32"))
+    assert model(torch.ones(1, 4)).dtype == B16
+
+
+def test_frozen_half_weights_in_an_fp32_island_are_refused():
+    model = net()
+    model[0].to(B16).requires_grad_(False)
+    with pytest.raises(PrecisionError, match=r"0=32 holds torch.bfloat16 weights \(0.weight\)"):
+        apply_precision(model, Policy.parse("bf16-mixed; 0=32"))
+
+
+def test_a_half_island_leaves_masks_alone():
+    """finfo(fp32).min cast to fp16 is -inf, and a row of them makes softmax NaN; autocast casts only what it must."""
+
+    class Attend(nn.Module):
+        def forward(self, scores, mask):
+            return (scores + mask).softmax(-1)
+
+    model = nn.Sequential()
+    model.add_module("attend", Attend())
+    model.forward = lambda scores, mask: model.attend(scores, mask)
+    applied = apply_precision(model, Policy.parse("16-mixed; attend=bf16"))
+    mask = torch.full((1, 3), torch.finfo(F32).min)
+    with applied.autocast():
+        assert model(torch.zeros(1, 3), mask).isfinite().all()
+
+
+def test_dataclass_outputs_of_an_island_are_cast_back():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Out:
+        value: torch.Tensor
+        name: str = "x"
+
+    class Inner(nn.Linear):
+        def forward(self, x):
+            return Out(super().forward(x))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = Inner(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.inner(x).value)
+
+    model = Outer()
+    apply_precision(model, Policy.parse("bf16-true; inner=32"))
+    assert model(torch.ones(1, 4)).dtype == B16

@@ -18,7 +18,8 @@ rules = st.dictionaries(patterns, st.sampled_from(["32", "16", "bf16"]), max_siz
 
 @given(st.sampled_from(list(BASES)), rules)
 def test_a_policy_prints_the_string_that_parses_it(name, formats):
-    policy = Policy(name, tuple(Rule(pattern, fmt) for pattern, fmt in formats.items()))
+    scaled = BASES[name].loss_scaling
+    policy = Policy(name, tuple(Rule(pattern, fmt) for pattern, fmt in formats.items() if scaled or fmt != "16"))
     assert Policy.parse(str(policy)) == policy
 
 
@@ -40,6 +41,7 @@ def test_any_text_parses_or_is_a_precision_error(text):
         ("16-mixed; lm_head", "has no `=`"),
         ("16-mixed; lm_head=64", "unknown format '64'.*\nhint: allowed: 32, bf16, 16"),
         ("16-mixed; a..b=32", "bad module pattern 'a..b'"),
+        ("32-true; a=16", "fp16 gradients need loss scaling, which 32-true has not\nhint: write a=bf16"),
         ("16-mixed; a=32; a=bf16", "contradict each other: a=32 and a=bf16"),
     ],
 )
@@ -81,7 +83,7 @@ class Net(nn.Module):
 
 def test_rules_select_modules():
     assert list(select_modules(Net(), "blocks.*.mlp")) == ["blocks.0.mlp", "blocks.1.mlp"]
-    assert match_rules(Net(), Policy.parse("bf16-mixed; blocks.*.mlp=32; blocks.0.attn=16")) == {
+    assert match_rules(Net(), Policy.parse("16-mixed; blocks.*.mlp=32; blocks.0.attn=16")) == {
         "blocks.0.mlp": "32",
         "blocks.1.mlp": "32",
         "blocks.0.attn": "16",
@@ -98,7 +100,14 @@ def test_a_rule_that_matches_nothing_names_near_modules():
 
 def test_contradicting_rules_are_an_error_on_the_module():
     with pytest.raises(PrecisionError, match=r"blocks.0.mlp: blocks\.\*\.mlp=32 and blocks.0.\*=16"):
-        match_rules(Net(), Policy.parse("bf16-mixed; blocks.*.mlp=32; blocks.0.*=16"))
+        match_rules(Net(), Policy.parse("16-mixed; blocks.*.mlp=32; blocks.0.*=16"))
+
+
+def test_a_rule_for_a_mere_container_is_refused():
+    with pytest.raises(
+        PrecisionError, match=r"blocks, a ModuleList that is never called itself\nhint: .*blocks\.\*=32"
+    ):
+        match_rules(Net(), Policy.parse("bf16-mixed; blocks=32"))
 
 
 CPU_BF16 = Hardware(name="new cpu", kind="cpu", cpu_formats=frozenset({"bf16"}))

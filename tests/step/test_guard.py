@@ -10,7 +10,7 @@ from torch import nn
 
 import floatline as fl
 from floatline.errors import ConfigError, NonFiniteError
-from floatline.step.guard import What, step_by_select
+from floatline.step.guard import What, can_select, step_by_select
 
 NAN, INF = float("nan"), float("inf")
 
@@ -139,13 +139,14 @@ def test_counters_survive_a_checkpoint():
         other(torch.full((4, 3), NAN))
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam])
 def test_fused_optimizers_select_on_the_device(optimizer):
     """The path that CUDA takes: the optimizer gets the verdict as a tensor and nobody reads it."""
     plain, selected = nn.Linear(3, 1), nn.Linear(3, 1)
     selected.load_state_dict(plain.state_dict())
     kinds = [optimizer(model.parameters(), lr=0.1, fused=True) for model in (plain, selected)]
-    for finite in (True, False, True):
+    assert can_select(kinds[1])
+    for finite in (False, True, False, True):
         for model in (plain, selected):
             model.zero_grad()
             model(torch.ones(2, 3)).square().mean().backward()
@@ -156,3 +157,18 @@ def test_fused_optimizers_select_on_the_device(optimizer):
         step_by_select(kinds[1], torch.tensor(finite))
         assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), selected.parameters(), strict=True))
     assert not hasattr(kinds[1], "found_inf")
+
+
+def test_optimizers_that_cannot_select_are_not_asked_to():
+    weights = [torch.zeros(2, requires_grad=True)]
+    assert not can_select(torch.optim.SGD(weights, lr=0.1, momentum=0.9, fused=True))
+    assert not can_select(torch.optim.AdamW(weights, lr=0.1))
+
+
+def test_a_fault_of_the_forward_leaves_the_loss_scale_alone():
+    step = make("16-mixed")
+    while not step(torch.ones(4, 3)).applied:
+        pass
+    scale = step.scaling.current()
+    step(torch.full((4, 3), NAN))
+    assert step.scaling.current() == scale

@@ -236,3 +236,68 @@ def test_techniques_are_applied_in_order_and_undone_in_reverse():
     )
     step.undo()
     assert events == ["+a", "+b", "-b", "-a"]
+
+
+def test_a_micro_batch_without_targets_does_not_spoil_the_others():
+    whole, parts = Tagger(), Tagger()
+    batch = tagged()
+    batch["labels"][6:] = -100
+    micro = [{key: value[:6] for key, value in batch.items()}, {key: value[6:] for key, value in batch.items()}]
+    steps = [fl.TrainStep(m, torch.optim.SGD(m.parameters(), lr=1.0), precision="32-true") for m in (whole, parts)]
+    full, split = steps[0](batch), steps[1](micro)
+    assert bool(split.applied)
+    torch.testing.assert_close(split.loss, full.loss, rtol=1e-6, atol=1e-6)
+    assert not bool(steps[1]([micro[1], micro[1]]).applied)  # no targets at all: shown as what it is, and skipped
+
+
+def test_an_update_that_raises_leaves_no_gradients_behind():
+    model = net()
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return mse(model, batch)
+
+    step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), precision="32-true", loss=loss)
+    x, y = data()
+    halves = [(x[:32], y[:32]), (x[32:], y[32:])]
+    with pytest.raises(RuntimeError):
+        step(halves)
+    torch.testing.assert_close(step(halves).grad_norm, step((x, y)).grad_norm)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_loss_that_reaches_no_parameter_is_an_error(precision):
+    model, other = net(), net()
+    step = fl.TrainStep(other, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision, loss=mse)
+    with pytest.raises(ConfigError, match="no gradient reached any parameter"):
+        step(data())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_micro_batches_of_padded_rows_equal_the_full_batch_on_transformers_models(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 31, "dropout_rate": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+    def make():
+        torch.manual_seed(0)
+        if name == "gpt2":
+            return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, **sizes))
+        config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, **sizes)
+        config.decoder_start_token_id = 0
+        return transformers.T5ForConditionalGeneration(config)
+
+    ids = torch.randint(1, 31, (6, 8), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    for row in range(6):
+        labels[row, 2 + row :] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    outputs = []
+    for micro in (batch, [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2, 4)]):
+        model = make()
+        step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="32-true")
+        outputs.append(step(micro))
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs[0].grad_norm, outputs[1].grad_norm, rtol=2e-6, atol=1e-6)

@@ -81,7 +81,7 @@ def _cpu_flags() -> frozenset[str]:
 def _cpu_formats(flags: frozenset[str]) -> frozenset[str]:
     """Half formats with matmul instructions: x86 names them avx512_bf16/amx_bf16/..., Arm bf16 and asimdhp."""
     native = {
-        "bf16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"},
+        "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
         "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
     }
     return frozenset(name for name, needed in native.items() if flags & needed)

@@ -65,6 +65,8 @@ def attention_verdict(hardware: Hardware, kernel: str) -> Verdict:
     if hardware.kind == "cpu":
         ok = kernel in {"math", "flash", "flex"}
         return Verdict(ok, f"{kernel} attention {'has a' if ok else 'has no'} CPU kernel in torch")
+    if kernel == "flash-attn-3" and (hardware.capability or (0, 0)) >= (10, 0):
+        return Verdict(False, f"{hardware.name} is {hardware.generation}; flash-attn-3 is built for Hopper only")
     return _capability_verdict(hardware, f"{kernel} attention", _KERNEL_NEEDS[kernel], "kernels")
 
 

@@ -15,10 +15,16 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak since the last reset in bytes.
 
     On CUDA what tensors occupied (`max_memory_allocated`); on CPU the process's largest resident size, which also
-    counts python, libraries and the page cache of mapped files.
+    counts python, libraries and the page cache of mapped files. Linux tells it in /proc/self/status; `getrusage`,
+    which serves elsewhere, would inherit the peak of the process that started this one.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", "rb") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(b"VmHWM"))
+    except (OSError, StopIteration):
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 

@@ -76,18 +76,20 @@ def apply_precision(model: nn.Module, policy: Policy) -> AppliedPrecision:
         A handle with the touched modules, the autocast context and `undo()`.
 
     Raises:
-        PrecisionError: A rule matches nothing or two rules contradict on a module; trainable half-precision weights
-            under a `-mixed` policy.
+        PrecisionError: A rule matches nothing or a mere container, two rules contradict on a module or on a shared
+            weight; half-precision weights under a `-mixed` policy that are trainable or in an fp32 island.
     """
     if policy.base.compute not in DTYPES:
         raise PrecisionError(
             f"{policy.name} cannot be applied: training in fp8 is not built yet", hint="use bf16-mixed"
         )
     targets = match_rules(model, policy)
-    _refuse_half_weights(model, policy)
+    _refuse_half_weights(model, policy, targets)
     applied = AppliedPrecision(policy, _device_type(model))
-    if not policy.base.mixed:
-        _cast_weights(applied, model, targets)
+    if policy.base.weights != "fp32":
+        formats = _weight_formats(model, policy, targets)
+        _refuse_split_ties(model, formats)
+        _cast_weights(applied, model, formats)
     _patch_forwards(applied, model, targets)
     return applied
 
@@ -96,7 +98,8 @@ def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
     """Return dotted module name -> format for the policy's rules.
 
     Raises:
-        PrecisionError: A rule that matches no module, or one module matched by rules with different formats.
+        PrecisionError: A rule that matches no module or a mere container, or one module matched by rules with
+            different formats.
     """
     found: dict[str, tuple[str, str]] = {}
     for rule in policy.rules:
@@ -107,7 +110,12 @@ def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
                 f"precision rule {rule} matches no module of {type(model).__name__}",
                 hint="near names: " + ", ".join(near) if near else "names are dotted paths from the model's root",
             )
-        for name in names:
+        for name, module in names.items():
+            if type(module).forward is nn.Module.forward:
+                raise PrecisionError(
+                    f"precision rule {rule} matches {name}, a {type(module).__name__} that is never called itself",
+                    hint=f"name what is in it: {name}.*={rule.format}",
+                )
             first_pattern, first_format = found.setdefault(name, (rule.pattern, rule.format))
             if first_format != rule.format:
                 raise PrecisionError(
@@ -117,11 +125,14 @@ def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
     return {name: number_format for name, (_, number_format) in found.items()}
 
 
-def _refuse_half_weights(model: nn.Module, policy: Policy) -> None:
+def _refuse_half_weights(model: nn.Module, policy: Policy, targets: dict[str, str]) -> None:
+    """Under autocast trainable weights, and all weights of fp32 islands, must be fp32."""
     if not policy.base.mixed:
         return
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        if parameter.requires_grad:
             half = "16-true" if parameter.dtype == torch.float16 else "bf16-true"
             why = (
                 "GradScaler cannot unscale fp16 gradients"
@@ -132,25 +143,46 @@ def _refuse_half_weights(model: nn.Module, policy: Policy) -> None:
                 f"{policy.name} with trainable {parameter.dtype} weights ({name}): {why}",
                 hint=f"load the model in fp32 (model.dtype=fp32), or use precision={half}",
             )
+        island = next((path for path, fmt in targets.items() if fmt == "32" and name.startswith(f"{path}.")), None)
+        if island is not None:
+            raise PrecisionError(
+                f"{island}=32 holds {parameter.dtype} weights ({name}), which an fp32 island cannot multiply",
+                hint="load the model in fp32 (model.dtype=fp32), or drop the rule",
+            )
 
 
 def _device_type(model: nn.Module) -> str:
     return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
-def _cast_weights(applied: AppliedPrecision, model: nn.Module, targets: dict[str, str]) -> None:
-    """Cast each module's own tensors to the format of the nearest rule above it, else the policy's."""
-    seen: set[int] = set()
+def _weight_formats(model: nn.Module, policy: Policy, targets: dict[str, str]) -> dict[str, torch.dtype]:
+    """Return the dtype of each module's own tensors: of the nearest rule above it, else the policy's."""
     formats: dict[str, torch.dtype] = {}
-    for name, module in model.named_modules():
-        parent = formats.get(name.rpartition(".")[0], DTYPES[applied.policy.base.weights]) if name else None
+    for name, _ in model.named_modules():
         own = DTYPES[RULE_FORMATS[targets[name]]] if name in targets else None
-        formats[name] = own or parent or DTYPES[applied.policy.base.weights]
+        parent = formats.get(name.rpartition(".")[0]) if name else None
+        formats[name] = own or parent or DTYPES[policy.base.weights]
+    return formats
+
+
+def _refuse_split_ties(model: nn.Module, formats: dict[str, torch.dtype]) -> None:
+    """One tensor cannot have two formats: modules that share a weight must agree."""
+    owner: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            first = owner.setdefault(id(parameter), name)
+            if formats[first] != formats[name]:
+                raise PrecisionError(
+                    f"{first} and {name} share a weight, but the rules give them {formats[first]} and {formats[name]}",
+                    hint=f"give both the same format with a rule for {first} and one for {name}",
+                )
+
+
+def _cast_weights(applied: AppliedPrecision, model: nn.Module, formats: dict[str, torch.dtype]) -> None:
+    seen: set[int] = set()
+    for name, module in model.named_modules():
         dtype = torch.float32 if isinstance(module, _BATCH_NORMS) else formats[name]
-        for tensor_name, tensor in [
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ]:
+        for tensor_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if id(tensor) not in seen and not tensor_name.endswith("inv_freq"):
                 seen.add(id(tensor))
                 applied._cast(tensor, dtype)
@@ -162,7 +194,8 @@ def _patch_forwards(applied: AppliedPrecision, model: nn.Module, targets: dict[s
     modules = dict(model.named_modules())
     for name, number_format in targets.items():
         dtype = DTYPES[RULE_FORMATS[number_format]]
-        patch = make_island(modules[name], dtype, device_type=applied.device_type, outer=outer)
+        lower = dtype is not torch.float32 and base.weights == "fp32"
+        patch = make_island(modules[name], dtype, device_type=applied.device_type, outer=outer, by_autocast=lower)
         applied._patches.append(patch)
         applied.touched[name] = number_format
     if outer not in (None, torch.float32):

@@ -33,7 +33,7 @@ def choose(hardware: Hardware) -> Choice:
     fp16 = format_verdict(hardware, "fp16")
     if fp16 and hardware.kind == "cuda":
         return Choice(Policy("16-mixed"), f"{bf16.reason}, so bf16 would be emulated; fp16 with loss scaling instead")
-    return Choice(Policy("32-true"), f"{bf16.reason}; {fp16.reason}: fp32 is the fastest format here")
+    return Choice(Policy("32-true"), f"{bf16.reason}; fp32 needs no care and nothing faster is at hand")
 
 
 def resolve(precision: str | Policy, hardware: Hardware) -> Choice:

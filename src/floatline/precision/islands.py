@@ -9,7 +9,7 @@ island's own parameters keep the island's format and its outputs are cast back, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -22,9 +22,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
-    """Return `tree` (nested dicts, lists, tuples) with every floating tensor cast to `dtype`; the rest as it is."""
+    """Return `tree` (nested dicts, lists, tuples, dataclasses) with every floating tensor cast to `dtype`."""
 
     def cast(leaf: Any) -> Any:
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            fields_ = {field.name: getattr(leaf, field.name) for field in fields(leaf) if field.init}
+            return replace(leaf, **cast_floats(fields_, dtype))
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
     return tree_map(cast, tree)
@@ -58,7 +61,9 @@ class ForwardPatch:
             self.module.forward = self.previous
 
 
-def make_island(module: nn.Module, dtype: torch.dtype, *, device_type: str, outer: torch.dtype | None) -> ForwardPatch:
+def make_island(
+    module: nn.Module, dtype: torch.dtype, *, device_type: str, outer: torch.dtype | None, by_autocast: bool
+) -> ForwardPatch:
     """Make `module` compute in `dtype`.
 
     Args:
@@ -67,13 +72,15 @@ def make_island(module: nn.Module, dtype: torch.dtype, *, device_type: str, oute
         device_type: "cpu" or "cuda", for autocast.
         outer: Format that the outputs are cast back to; None leaves them as they come (under autocast the next op
             casts what it needs, and an fp32 loss or logits module should stay fp32).
+        by_autocast: The weights are fp32 and `dtype` is lower: autocast to it. Inputs are left to autocast then, for
+            casting a mask of finfo(fp32).min down to fp16 would make it -inf.
     """
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
         def island_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = cast_floats((args, kwargs), dtype)
-            lower = dtype is not torch.float32 and outer is None
-            with torch.autocast(device_type, dtype=dtype if lower else None, enabled=lower):
+            if not by_autocast:
+                args, kwargs = cast_floats((args, kwargs), dtype)
+            with torch.autocast(device_type, dtype=dtype if by_autocast else None, enabled=by_autocast):
                 output = forward(self, *args, **kwargs)
             return output if outer is None else cast_floats(output, outer)
 

@@ -15,7 +15,8 @@ A policy is one of the field's names plus rules for modules, and prints as the s
 
 `-mixed` is torch.autocast over fp32 weights; `-true` casts the weights. `16-true` keeps an fp32 master copy because
 fp16 weights alone cannot hold small updates and torch's GradScaler refuses to unscale fp16 gradients. A rule
-`path=32|bf16|16` gives the matched modules a format of their own (precision/islands.py).
+`path=32|bf16|16` gives the matched modules a format of their own (precision/islands.py); `16` only where the policy
+scales the loss.
 
 Not covered here: whether a device can run it (precision/choose.py) and how it is put on a model (precision/apply.py).
 """
@@ -99,6 +100,11 @@ class Policy:
             raise PrecisionError(f"unknown precision {self.name!r}", hint=did_you_mean(self.name, [*BASES, "auto"]))
         seen: dict[str, str] = {}
         for rule in self.rules:
+            if rule.format == "16" and not self.base.loss_scaling:
+                raise PrecisionError(
+                    f"rule {rule} under {self.name}: fp16 gradients need loss scaling, which {self.name} has not",
+                    hint=f"write {rule.pattern}=bf16, or start from 16-mixed",
+                )
             if seen.setdefault(rule.pattern, rule.format) != rule.format:
                 raise PrecisionError(
                     f"precision rules contradict each other: {rule.pattern}={seen[rule.pattern]} and {rule}",

@@ -23,7 +23,7 @@ class NoLossScaling:
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         pass
 
-    def update(self) -> None:
+    def update(self, loss: torch.Tensor) -> None:
         pass
 
     def current(self) -> float | None:
@@ -56,8 +56,15 @@ class LossScaling(NoLossScaling):
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         self.scaler.unscale_(optimizer)
 
-    def update(self) -> None:
-        self.scaler.update()
+    def update(self, loss: torch.Tensor) -> None:
+        """Adapt the scale. A non-finite loss is a fault of the forward, which no scale cures: the scale stays.
+
+        On CUDA reading the loss would wait for the device, so there the scale falls in that case as well.
+        """
+        if not loss.is_cuda and not torch.isfinite(loss):
+            self.scaler.update(self.scaler.get_scale())
+        else:
+            self.scaler.update()
 
     def current(self) -> float:
         return float(self.scaler.get_scale())

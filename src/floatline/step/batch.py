@@ -72,7 +72,7 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
     def to_device(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.device != device:
-            return leaf.to(device, non_blocking=True)
+            return leaf.to(device, non_blocking=device.type == "cuda")
         return leaf
 
     return tree_map(to_device, dict(batch.items()) if hasattr(batch, "items") else batch)
@@ -97,8 +97,16 @@ def target_count(model: nn.Module, batch: Batch) -> torch.Tensor | int:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Say whether a transformers model shifts its labels inside: causal language models and their multimodal kin."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    """Say whether a transformers model shifts its labels inside: causal language models and their multimodal kin.
+
+    transformers names the loss in `loss_type`, except for older classes (GPT2LMHeadModel), where it falls back to the
+    causal loss. Wrappers (DistributedDataParallel, torch.compile) are looked through.
+    """
+    while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+        model = inner
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    return getattr(model, "loss_type", None) in {"ForCausalLM", "ForConditionalGeneration"}
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is None:
+        return hasattr(model, "loss_function") and "LMHead" in type(model).__name__
+    return loss_type in {"ForCausalLM", "ForConditionalGeneration"}

@@ -84,6 +84,14 @@ class Skip:
         return f"scaled fp16 gradients overflowed at update {self.step}; the loss scale was halved"
 
 
+def can_select(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether the optimizer leaves everything alone on a bad verdict: fused Adam and AdamW.
+
+    Fused SGD takes `found_inf` too, but a first update that it leaves out leaves its momentum uninitialised.
+    """
+    return isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def step_by_select(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
     """Run `step()` of a fused optimizer, which leaves parameters and state alone on the device if not `finite`."""
     selecting: Any = optimizer
@@ -122,7 +130,7 @@ class Sentinel:
 
     def make_update(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
         """Run `optimizer.step()` if the verdict is good, without waiting where the optimizer can select."""
-        if finite.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if finite.is_cuda and can_select(optimizer):
             step_by_select(optimizer, finite)
         elif finite:
             optimizer.step()
@@ -193,5 +201,6 @@ class Sentinel:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        self._pending = None
         self.skipped = state["skipped"]
         self._row = {True: state["faults_in_a_row"], False: state["overflows_in_a_row"]}

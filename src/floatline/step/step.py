@@ -63,12 +63,25 @@ class StepOutput:
 
 
 def total_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm over all gradients together, 0-d fp32; `get_total_norm` would round it to a half format."""
+    """Return the 2-norm over all gradients together, 0-d fp32; `get_total_norm` would round it to a half format.
+
+    Raises:
+        ConfigError: No parameter has a gradient.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
-        return torch.tensor(0.0)
+        raise ConfigError(
+            "no gradient reached any parameter of the optimizer", hint="pass it the parameters that the loss depends on"
+        )
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _is_zero(count: Any) -> bool:
+    """Say whether a count is 0, where that can be read without waiting for a device."""
+    if isinstance(count, torch.Tensor) and count.device.type != "cpu":
+        return False
+    return count is not None and float(count) == 0.0
 
 
 class TrainStep:
@@ -145,7 +158,11 @@ class TrainStep:
             ModelError: The model returns no scalar loss.
         """
         micro_batches = batch if isinstance(batch, list) else [batch]
-        loss = self._accumulate(micro_batches)
+        try:
+            loss = self._accumulate(micro_batches)
+        except BaseException:  # half an accumulation must not be in the next update
+            self.model.zero_grad(set_to_none=True)
+            raise
         self.masters.pull_gradients()
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -154,7 +171,7 @@ class TrainStep:
         self._clip_gradients(parameters, grad_norm)
         self.sentinel.make_update(self.optimizer, finite)
         self.masters.push_weights()
-        self.scaling.update()
+        self.scaling.update(loss)
         self._step_schedule()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
@@ -165,6 +182,8 @@ class TrainStep:
         """Forward and backward of each micro-batch; returns the weighted loss."""
         total: torch.Tensor | None = None
         for micro_batch, weight in zip(micro_batches, self._weights(micro_batches), strict=True):
+            if _is_zero(weight):  # no targets: its loss is 0/0 and would make the others' NaN
+                continue
             with self.precision.autocast():
                 loss = self.loss(self.model, move(micro_batch, self.device))
             if weight is not None:
@@ -181,6 +200,8 @@ class TrainStep:
             return [None] * len(micro_batches)
         counts = [self.count(micro_batch) for micro_batch in micro_batches]
         total = sum(counts)
+        if _is_zero(total):  # nothing to learn from: one of them shows it, and the guard skips the update
+            return [None] + [0] * (len(counts) - 1)
         return [count / total for count in counts]
 
     def _step_schedule(self) -> None:
