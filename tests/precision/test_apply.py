@@ -132,6 +132,12 @@ def test_targets_keep_their_format_under_true():
     assert model.label_format == F32
 
 
+def test_32_true_lifts_weights_that_were_loaded_lower():
+    model = net().to(B16)
+    apply_precision(model, Policy.parse("32-true"))
+    assert {parameter.dtype for parameter in model.parameters()} == {F32}
+
+
 def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

@@ -9,7 +9,15 @@ import torch
 
 from floatline.errors import CheckpointError
 from floatline.train import checkpoint, rng
-from floatline.train.checkpoint import find_fault, list_checkpoints, load_state, newest_sound, prune, save_checkpoint
+from floatline.train.checkpoint import (
+    find_fault,
+    list_checkpoints,
+    load_state,
+    newest_sound,
+    prune,
+    save_checkpoint,
+    set_damaged_aside,
+)
 
 
 def write_model(directory):
@@ -40,20 +48,31 @@ def test_damage_is_named_and_the_previous_one_is_used(tmp_path, name, damage):
         middle = len(content) // 2
         content[middle] ^= 0xFF
         file.write_bytes(bytes(content[:middle]) if damage == "cut" else bytes(content))
-    faults = []
-    assert newest_sound(tmp_path, lambda path, fault: faults.append((path, fault))) == good
-    assert faults[0][0] == bad and name in faults[0][1]
+    assert newest_sound(tmp_path) == good
+    ((aside, fault),) = set_damaged_aside(tmp_path, good)
+    assert name in fault and aside.name == "damaged-step-00000002" and not bad.exists()
+    assert list_checkpoints(tmp_path) == [good]
+    assert prune(tmp_path, keep_last=1, keep=set()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ['{"files": []}', '{"files": {"model.bin": {}}}', '{"files": {}}', "[]", "\x00", '{"files": null}']
+)
+def test_any_manifest_is_sound_or_a_fault(tmp_path, text):
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    assert "manifest.json" in find_fault(path)
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step) / "model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"all 2 checkpoints .* are damaged"):
-        newest_sound(tmp_path, lambda *_: None)
+        newest_sound(tmp_path)
 
 
 def test_none_yet(tmp_path):
-    assert newest_sound(tmp_path / "checkpoints", lambda *_: None) is None
+    assert newest_sound(tmp_path / "checkpoints") is None
 
 
 def test_a_write_that_fails_leaves_earlier_ones_and_no_litter(tmp_path):
@@ -64,7 +83,8 @@ def test_a_write_that_fails_leaves_earlier_ones_and_no_litter(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        CheckpointError, match=r"step-00000002 could not be written: .*No space left.* MiB free(.|\n)*untouched"
+        CheckpointError,
+        match=r"step-00000002 could not be written: the disk is full\nhint: earlier checkpoints are untouched",
     ):
         save_checkpoint(tmp_path, 2, {}, full_disk)
     assert list(tmp_path.iterdir()) == [good] and find_fault(good) is None
@@ -104,7 +124,7 @@ def test_a_kill_between_any_two_actions_leaves_a_sound_newest(tmp_path, monkeypa
                 prune(home, keep_last=1, keep=set())
             except Killed:
                 pass
-        newest = newest_sound(home, lambda path, fault: pytest.fail(fault))
+        newest = newest_sound(home)
         assert newest is not None and newest.name in ("step-00000002", "step-00000003")
         save(home, 3)
         prune(home, keep_last=1, keep=set())

@@ -86,7 +86,7 @@ def apply_precision(model: nn.Module, policy: Policy) -> AppliedPrecision:
     targets = match_rules(model, policy)
     _refuse_half_weights(model, policy, targets)
     applied = AppliedPrecision(policy, _device_type(model))
-    if policy.base.weights != "fp32":
+    if not policy.base.mixed:
         formats = _weight_formats(model, policy, targets)
         _refuse_split_ties(model, formats)
         _cast_weights(applied, model, formats)
@@ -156,10 +156,14 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _weight_formats(model: nn.Module, policy: Policy, targets: dict[str, str]) -> dict[str, torch.dtype]:
-    """Return the dtype of each module's own tensors: of the nearest rule above it, else the policy's."""
+    """Return the dtype of each module's own tensors: of the nearest rule above it, else the policy's.
+
+    fp32 weights stay fp32 whatever the rules say: lower islands among them compute by autocast.
+    """
     formats: dict[str, torch.dtype] = {}
+    rules = targets if policy.base.weights != "fp32" else {}
     for name, _ in model.named_modules():
-        own = DTYPES[RULE_FORMATS[targets[name]]] if name in targets else None
+        own = DTYPES[RULE_FORMATS[rules[name]]] if name in rules else None
         parent = formats.get(name.rpartition(".")[0]) if name else None
         formats[name] = own or parent or DTYPES[policy.base.weights]
     return formats

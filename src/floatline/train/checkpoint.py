@@ -10,6 +10,7 @@ Not covered: sharded checkpoints of several ranks.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return where checkpoint `step` lies."""
+    return directory / f"{_PREFIX}{step:08d}"
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints in `directory`, oldest first, whether sound or not."""
     found = [path for path in directory.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
@@ -58,7 +64,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], write_mod
     Raises:
         CheckpointError: The files cannot be written (disk full, no permission). Earlier checkpoints are untouched.
     """
-    final = directory / f"{_PREFIX}{step:08d}"
+    final = checkpoint_path(directory, step)
     temporary = directory / f"{_TEMPORARY}{step:08d}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -73,16 +79,18 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], write_mod
         temporary.rename(final)
         _sync_directory(directory)
     except Exception as error:  # OSError, torch's RuntimeError and safetensors' own type all mean: not written
+        free = shutil.disk_usage(directory if directory.exists() else Path.cwd()).free  # before the rest is removed
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _write_error(final, error) from error
+        raise _write_error(final, error, free) from error
     return final
 
 
-def _write_error(path: Path, error: Exception) -> CheckpointError:
-    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+def _write_error(path: Path, error: Exception, free: int) -> CheckpointError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or free < 2**20
+    why = "the disk is full" if full else f"{error} ({free / 2**20:.0f} MiB were free on that disk)"
     return CheckpointError(
-        f"checkpoint {path} could not be written: {error} ({free / 2**20:.0f} MiB free on that disk)",
-        hint="earlier checkpoints are untouched; make room or point run.dir elsewhere, then run the same command again",
+        f"checkpoint {path} could not be written: {why}",
+        hint="earlier checkpoints are untouched; make room, then run the same command again",
     )
 
 
@@ -119,43 +127,55 @@ def find_fault(path: Path) -> str | None:
     manifest = path / MANIFEST
     try:
         files = json.loads(manifest.read_text())["files"]
+        expectations = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:
         return f"{manifest} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{manifest} cannot be read: {error}"
-    for name, expected in files.items():
+    if STATE not in files:
+        return f"{manifest} does not list {STATE}"
+    for name, size, digest in expectations:
         file = path / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if _digest(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, {size} were written"
+        if _digest(file) != digest:
             return f"{file} does not match its checksum"
     return None
 
 
-def newest_sound(directory: Path, on_fault: Callable[[Path, str], None]) -> Path | None:
+def newest_sound(directory: Path) -> Path | None:
     """Return the newest checkpoint whose checksums hold; None where there is none at all.
-
-    Args:
-        directory: Where checkpoints live.
-        on_fault: Called with each damaged checkpoint that is passed over, and what is wrong with it.
 
     Raises:
         CheckpointError: There are checkpoints, but every one is damaged.
     """
     checkpoints = list_checkpoints(directory)
-    for path in reversed(checkpoints):
-        fault = find_fault(path)
-        if fault is None:
-            return path
-        on_fault(path, fault)
-    if checkpoints:
+    sound = next((path for path in reversed(checkpoints) if find_fault(path) is None), None)
+    if checkpoints and sound is None:
         raise CheckpointError(
-            f"all {len(checkpoints)} checkpoints in {directory} are damaged",
+            f"all {len(checkpoints)} checkpoints in {directory} are damaged: {find_fault(checkpoints[-1])}",
             hint="restore one from a backup, or start anew with another run.dir",
         )
-    return None
+    return sound
+
+
+def set_damaged_aside(directory: Path, sound: Path | None) -> list[tuple[Path, str]]:
+    """Rename the checkpoints that are newer than the `sound` one to `damaged-*`, so that they count for nothing.
+
+    Returns:
+        For each its new path, and what is wrong with it.
+    """
+    aside = []
+    for path in list_checkpoints(directory):
+        if sound is not None and step_of(path) > step_of(sound):
+            fault = find_fault(path) or "newer than the checkpoint in use"
+            target = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            aside.append((target, fault))
+    return aside
 
 
 def load_state(path: Path) -> dict[str, Any]:

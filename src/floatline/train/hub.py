@@ -77,6 +77,7 @@ def load_processor(path: str) -> Any:
         ModelError: The directory is missing or holds neither processor nor tokenizer, or has no chat template.
     """
     transformers = require_transformers()
+    _check_place(path)
     try:
         processor = _processor_class(path, transformers).from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
@@ -153,7 +154,7 @@ def load_model(path: str, dtype: str, attention: str | None = None) -> nn.Module
 
 
 def _check_place(path: str) -> None:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise ModelError(f"model.path={path}: no such directory", hint="give a directory or a hub id like Qwen/NAME")
 

@@ -1,15 +1,31 @@
 """Whose run directory is this? One with checkpoints belongs to the recipe and the data that made them.
 
-So "resumed" always means the same run: another learning rate, or training data that changed, is refused.
+So "resumed" always means the same run: another learning rate, or training data that changed, is refused. Settings that
+do not change what is learnt (where it runs, how often it saves, how patient its guard is) may change on resume.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from floatline.errors import RunDirectoryError
 from floatline.train.checkpoint import list_checkpoints
 from floatline.train.manifest import Manifest
+
+FREE_KEYS = (
+    "run.",
+    "guard.",
+    "data.num_workers",
+    "data.cache_bytes",
+    "train.micro_batch_size",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "eval.every",
+    "eval.batch_size",
+)
 
 
 def has_checkpoints(manifest: Manifest) -> bool:
@@ -19,48 +35,78 @@ def has_checkpoints(manifest: Manifest) -> bool:
 
 def is_same_recipe(manifest: Manifest, recipe: dict[str, Any]) -> bool:
     """Say whether `recipe` is what the run was started with, as it was written or as it was resolved."""
-    return recipe in (manifest.values.get("asked"), manifest.values.get("resolved"))
+    known = (manifest.values.get("asked"), manifest.values.get("resolved"))
+    return any(tree and not _differences(tree, recipe) for tree in known)
 
 
 def refuse_other_recipe(manifest: Manifest, recipe: dict[str, Any]) -> None:
     """Raise unless the directory is free for `recipe` or already this recipe's.
 
     Raises:
-        RunDirectoryError: Names the first key that differs.
+        RunDirectoryError: Names the first key that differs, or that nobody knows whose checkpoints these are.
     """
-    before = manifest.values.get("asked")
-    if not has_checkpoints(manifest) or not before or is_same_recipe(manifest, recipe):
+    path, before = manifest.rundir.path, manifest.values.get("asked")
+    if not has_checkpoints(manifest) and manifest.values.get("status") != "finished":
         return
-    key, old, new = _first_difference(before, recipe)
-    raise RunDirectoryError(
-        f"{manifest.rundir.path} holds a run of another recipe: {key} was {old!r}, now {new!r}",
-        hint="choose another run.dir, or go back to the recipe that this run was started with",
-    )
+    if not before:
+        raise RunDirectoryError(
+            f"{path} has checkpoints, but its run.json is missing or damaged, so nobody knows whose they are",
+            hint="restore run.json, or choose another run.dir",
+        )
+    if not is_same_recipe(manifest, recipe):
+        key, old, new = _differences(before, recipe)[0]
+        raise RunDirectoryError(
+            f"{path} holds a run of another recipe: {key} was {old!r}, now {new!r}",
+            hint="choose another run.dir, or go back to the recipe that this run was started with",
+        )
+
+
+def with_free_keys(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored resolved recipe with the free settings that the user gives now."""
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
+    for key, value in flatten(asked).items():
+        if _is_free(key) and value is not None:
+            section, name = key.split(".")
+            merged[section][name] = value
+    return merged
+
+
+def fingerprint(path: str, images: Iterable[Path]) -> str:
+    """Return a SHA-256 over a JSONL file and over name and size of every image it shows."""
+    digest = hashlib.sha256(Path(path).read_bytes())
+    for image in sorted(set(images)):
+        digest.update(f"{image.name} {image.stat().st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def refuse_changed_data(manifest: Manifest, facts: dict[str, Any]) -> None:
-    """Raise if the training data are not those that the checkpoints were made with.
+    """Raise if the data are not those that the checkpoints were made with.
 
     Args:
         facts: Split -> {"path", "sha256", ...} as of now.
 
     Raises:
-        RunDirectoryError: The file has changed.
+        RunDirectoryError: A file or an image has changed.
     """
-    before = manifest.values.get("data", {}).get("train")
-    if has_checkpoints(manifest) and before and before["sha256"] != facts["train"]["sha256"]:
-        raise RunDirectoryError(
-            f"{facts['train']['path']} has changed since this run began, so it cannot be resumed exactly",
-            hint="choose another run.dir to train on the changed data",
-        )
+    if not has_checkpoints(manifest):
+        return
+    for split, before in manifest.values.get("data", {}).items():
+        now = facts.get(split)
+        if now and before["sha256"] != now["sha256"]:
+            raise RunDirectoryError(
+                f"{now['path']} or an image it shows has changed since this run began; it cannot be resumed exactly",
+                hint="choose another run.dir to train on the changed data",
+            )
 
 
-def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any]:
-    flat_before, flat_after = flatten(before), flatten(after)
-    for key in {**flat_before, **flat_after}:
-        if flat_before.get(key) != flat_after.get(key):
-            return key, flat_before.get(key), flat_after.get(key)
-    return "recipe", None, None
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    old, new = flatten(before), flatten(after)
+    keys = [key for key in {**old, **new} if not _is_free(key) and old.get(key) != new.get(key)]
+    return [(key, old.get(key), new.get(key)) for key in keys]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

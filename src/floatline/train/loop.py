@@ -7,8 +7,7 @@ same data order and random state, so the losses are those of a run that was neve
 from __future__ import annotations
 
 import json
-import signal
-import threading
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,16 +20,17 @@ from rich.console import Console
 from floatline.errors import FloatlineError, MemoryExceededError, NonFiniteError
 from floatline.observe import peak_memory, reset_peak_memory
 from floatline.train import rng
-from floatline.train.checkpoint import prune, save_checkpoint
+from floatline.train.checkpoint import checkpoint_path, find_fault, prune, save_checkpoint
 from floatline.train.data import token_counts
 from floatline.train.evaluate import Evaluation
 from floatline.train.hub import load_model
-from floatline.train.identity import is_same_recipe
+from floatline.train.identity import is_same_recipe, refuse_other_recipe
 from floatline.train.manifest import Manifest
 from floatline.train.progress import make_view
 from floatline.train.recipe import Recipe
 from floatline.train.rundir import RunDirectory
-from floatline.train.setup import Run, prepare
+from floatline.train.setup import Run, checkpoint_format, prepare
+from floatline.train.stopper import Stopper
 from floatline.train.telemetry import Telemetry
 
 
@@ -66,14 +66,15 @@ def train(recipe: Recipe, *, command: str = "", console: Console | None = None) 
             the run.
     """
     console = console or Console(stderr=True)
-    with RunDirectory(recipe.run.dir) as rundir:
+    with RunDirectory(recipe.run.dir) as rundir, Stopper() as stopper:
         manifest = Manifest(rundir)
+        refuse_other_recipe(manifest, recipe.model_dump(mode="json"))
         if manifest.values.get("status") == "finished" and is_same_recipe(manifest, recipe.model_dump(mode="json")):
             return RunResult(rundir.path, "already finished", manifest.values.get("result"))
         manifest.begin(command)
         try:
             run = prepare(recipe, rundir, manifest, lambda text: console.print(text, markup=False, highlight=False))
-            result = Loop(run, console).run()
+            result = Loop(run, console, stopper).run()
         except (Interrupted, KeyboardInterrupt):
             manifest.end("stopped", "interrupted; run the same command again to go on")
             return RunResult(rundir.path, "interrupted", None)
@@ -103,14 +104,14 @@ def _explain_memory(error: torch.OutOfMemoryError, recipe: Recipe) -> MemoryExce
 class Loop:
     """One process's part of a run."""
 
-    def __init__(self, run: Run, console: Console) -> None:
+    def __init__(self, run: Run, console: Console, stopper: Stopper | None = None) -> None:
         self.run_ = run
         self.recipe = run.recipe
         self.step = run.step
         self.steps = run.recipe.train.steps or 0
         state = run.state or {}
         self.best: dict[str, Any] | None = state.get("best")
-        self.stop = threading.Event()
+        self.stopper = stopper or Stopper()
         run.rundir.cut_metrics(self.step.updates)
         view = make_view(console, self.steps, self.step.updates)
         log_every = run.recipe.run.log_every or 1
@@ -120,7 +121,7 @@ class Loop:
         """Train to the end, then test; returns the last evaluation's record."""
         self._note_start()
         try:
-            with _signals_to(self.stop):
+            with self.stopper.deferring():
                 for batch in self._batches():
                     self._update(batch)
                 self.telemetry.flush()
@@ -180,10 +181,10 @@ class Loop:
         last = done == self.steps
         due = done % (self.recipe.train.checkpoint_every or self.steps) == 0
         improved = self._evaluate(done) if self._evaluation_due(done) else False
-        if due or improved or last or self.stop.is_set():
+        if due or improved or last or self.stopper.asked:
             self.telemetry.flush()
             self._save()
-        if self.stop.is_set() and not last:
+        if self.stopper.asked and not last:
             raise Interrupted
         if due or improved or last:
             self.telemetry.restart_clock()
@@ -206,11 +207,12 @@ class Loop:
     def _note_best(self, evaluation: Evaluation, done: int) -> bool:
         metric = self.recipe.eval.metric or "loss"
         value = evaluation.accuracy if metric == "accuracy" else evaluation.loss
-        if value is None or value != value:
+        if value is None or not math.isfinite(value):
             return False
-        if self.best is not None and not _better(metric, value, self.best["value"]):
+        rank = [value if metric == "accuracy" else -value, -evaluation.loss]  # equal accuracy: the lower loss
+        if self.best is not None and rank <= self.best["rank"]:
             return False
-        self.best = {"best_step": done, "metric": metric, "value": value}
+        self.best = {"best_step": done, "metric": metric, "value": value, "rank": rank}
         return True
 
     def _save(self) -> None:
@@ -238,7 +240,7 @@ class Loop:
     def _finish(self) -> dict[str, Any] | None:
         """Test the best checkpoint where there is test data; note the result."""
         run = self.run_
-        result: dict[str, Any] | None = dict(self.best) if self.best else None
+        result = {key: value for key, value in self.best.items() if key != "rank"} if self.best else None
         if "test" in run.datasets:
             step = self._load_best()
             evaluation = run.evaluator.evaluate(run.datasets["test"], "test", generate=self.recipe.eval.generate)
@@ -252,33 +254,11 @@ class Loop:
         """Put the best checkpoint's weights into the model; returns its update."""
         if self.best is None or self.best["best_step"] == self.step.updates:
             return self.step.updates
-        path = self.run_.rundir.checkpoints / f"step-{self.best['best_step']:08d}"
-        best = load_model(str(path), self.recipe.model.dtype or "fp32")
+        path = checkpoint_path(self.run_.rundir.checkpoints, self.best["best_step"])
+        fault = find_fault(path)
+        if fault is not None:
+            self.telemetry.view.say(f"the best checkpoint is damaged ({fault}); the last weights are tested instead")
+            return self.step.updates
+        best = load_model(str(path), checkpoint_format(self.step.policy))
         self.step.model.load_state_dict(best.state_dict())
         return int(self.best["best_step"])
-
-
-def _better(metric: str, value: float, best: float) -> bool:
-    return value > best if metric == "accuracy" else value < best
-
-
-class _signals_to:
-    """While active, SIGINT and SIGTERM set an event instead of killing the process; a second SIGINT kills."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __enter__(self) -> None:
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.event.is_set():
-            raise KeyboardInterrupt
-        self.event.set()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

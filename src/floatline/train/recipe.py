@@ -20,6 +20,7 @@ from floatline.errors import ConfigError, did_you_mean
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -61,9 +62,9 @@ class TrainSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="updates of linear warm-up")
     final_lr_share: Share = Field(0.0, description="learning rate at the end, as a share of lr")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays")
     max_grad_norm: Positive | None = Field(1.0, description="clip to this gradient norm; null switches it off")
-    seed: int = Field(0, description="seeds python, numpy, torch and the data order")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seeds python, numpy, torch and the data order")
     checkpoint_every: Count | None = Field(None, description="updates between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept besides the best")
 

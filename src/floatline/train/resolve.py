@@ -53,8 +53,8 @@ def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
         PrecisionError: The precision is illegal on the hardware.
     """
     open_recipe = _Filler(recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = resolve_hardware(recipe.hardware)
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.hardware != "cpu" else "cpu")
     policy = _fill_precision(open_recipe, hardware)
     _check_attention(recipe.model.attention, hardware)
     _fill_sizes(open_recipe, train_samples)
@@ -137,7 +137,11 @@ def _fill_sizes(filler: _Filler, train_samples: int) -> None:
         filler.fill("train.steps", steps, f"{epochs:g} epochs of {per_epoch} updates")
         filler.tree["train"]["epochs"] = None
     steps = filler.get("train.steps")
-    filler.fill("train.warmup_steps", min(100, steps // 10), "a tenth of the updates, at most 100")
+    warmup = filler.fill("train.warmup_steps", min(100, steps // 10), "a tenth of the updates, at most 100")
+    if warmup > steps:
+        raise ConfigError(
+            f"train.warmup_steps={warmup} is more than train.steps={steps}", hint=f"use at most {steps}, or null"
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -34,7 +34,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self._metrics: TextIO | None = None
         try:
@@ -119,7 +119,9 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_in(line) <= step]
+        kept = [
+            line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_in(line) <= step
+        ]
         self.write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def _write_error(self, name: str, error: OSError) -> RunDirectoryError:

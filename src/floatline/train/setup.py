@@ -6,27 +6,35 @@ only then the model. Nothing in a run directory is overwritten before it is know
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
+from floatline.hardware import resolve as resolve_hardware
+from floatline.precision import Policy
+from floatline.precision import resolve as resolve_precision
 from floatline.step import Guard, TrainStep
 from floatline.train import rng
-from floatline.train.checkpoint import load_state, newest_sound, step_of
+from floatline.train.checkpoint import (
+    checkpoint_path,
+    find_fault,
+    load_state,
+    newest_sound,
+    set_damaged_aside,
+    step_of,
+)
 from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import load_model, load_processor
-from floatline.train.identity import has_checkpoints, refuse_changed_data, refuse_other_recipe
+from floatline.train.identity import fingerprint, has_checkpoints, refuse_changed_data, with_free_keys
 from floatline.train.manifest import Manifest
 from floatline.train.recipe import Recipe, parse_recipe
-from floatline.train.resolve import Resolved, resolve_recipe
+from floatline.train.resolve import AutomaticChoice, Resolved, resolve_recipe
 from floatline.train.rundir import RunDirectory
 from floatline.train.schedule import make_schedule
 
@@ -55,7 +63,7 @@ def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) 
         FloatlineError: One of its kinds, for anything in recipe, data, model or run directory that is not right.
     """
     asked = recipe.model_dump(mode="json")
-    refuse_other_recipe(manifest, asked)
+    resolve_precision(recipe.precision, resolve_hardware(recipe.hardware))  # a mistake here shows before data are read
     processor = load_processor(recipe.model.path)
     encoder = SampleEncoder(
         processor, max_length=recipe.data.max_length, max_answer_tokens=recipe.data.max_answer_tokens
@@ -80,7 +88,7 @@ def _read_all(recipe: Recipe, encoder: SampleEncoder, manifest: Manifest, say: S
         facts[split] = {
             "path": path,
             "samples": len(checked.good),
-            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+            "sha256": fingerprint(path, (image for sample in checked.good for image in sample.images)),
             "skipped": [{"file": str(b.file), "line": b.line, "reason": b.reason} for b in checked.bad],
         }
         if checked.bad:
@@ -96,12 +104,14 @@ def _resolve(
     resolved = resolve_recipe(recipe, train_samples=train_samples)
     stored = manifest.values.get("resolved")
     if stored and has_checkpoints(manifest):  # the choices of the first start stay, wherever it goes on
-        resolved.recipe = parse_recipe(stored, str(rundir.path / "recipe.yaml"))
+        kept = with_free_keys(stored, asked)
+        resolved = resolve_recipe(parse_recipe(kept, str(rundir.path / "recipe.yaml")), train_samples=train_samples)
+        resolved.choices = [AutomaticChoice(**choice) for choice in manifest.values.get("choices", [])]
     for choice in resolved.choices:
         say(f"{choice.key} = {choice.value}  ({choice.reason})")
     tree = resolved.recipe.model_dump(mode="json")
     manifest.update(
-        asked=manifest.values.get("asked") if stored and asked == stored else asked,
+        asked=manifest.values["asked"] if stored and has_checkpoints(manifest) else asked,
         resolved=tree,
         choices=resolved.choices_as_dicts(),
     )
@@ -138,9 +148,13 @@ def _build(
         split: SampleDataset(_limit(split, found, recipe), encoder, cache_bytes=recipe.data.cache_bytes or 0)
         for split, found in samples.items()
     }
-    checkpoint = newest_sound(rundir.checkpoints, lambda path, fault: say(f"damaged checkpoint passed over: {fault}"))
-    source = str(checkpoint) if checkpoint else recipe.model.path
-    model = load_model(source, recipe.model.dtype or "fp32", recipe.model.attention)
+    checkpoint = newest_sound(rundir.checkpoints)
+    for path, fault in set_damaged_aside(rundir.checkpoints, checkpoint):
+        say(f"damaged checkpoint passed over: {fault}, set aside as {path.name}")
+    if checkpoint:
+        model = load_model(str(checkpoint), checkpoint_format(resolved.policy), recipe.model.attention)
+    else:
+        model = load_model(recipe.model.path, recipe.model.dtype or "fp32", recipe.model.attention)
     model.to(resolved.device).train()
     step = make_step(model, resolved)
     pad = pad_token_id(encoder.tokenizer)
@@ -165,11 +179,28 @@ def _build(
     if checkpoint and state:
         step.load_state_dict(state["step"])
         say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
+        _drop_lost_best(state, rundir, say)
     return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, state)
 
 
 def _limit(split: str, samples: list[Sample], recipe: Recipe) -> list[Sample]:
     return samples[: recipe.eval.max_samples] if split == "validation" else samples
+
+
+def _drop_lost_best(state: dict[str, Any], rundir: RunDirectory, say: Say) -> None:
+    """Forget a best checkpoint that is not there any more, or damaged."""
+    best = state.get("best")
+    if best is None:
+        return
+    fault = find_fault(checkpoint_path(rundir.checkpoints, best["best_step"]))
+    if fault is not None:
+        say(f"the best checkpoint so far is lost ({fault}); the best from now on counts")
+        state["best"] = None
+
+
+def checkpoint_format(policy: Policy) -> str:
+    """Return the format to load a checkpoint in: the one it was saved in, or fp32, which holds all of them exactly."""
+    return policy.base.weights if not policy.rules and not policy.base.master_weights else "fp32"
 
 
 def pad_token_id(tokenizer: Any) -> int:

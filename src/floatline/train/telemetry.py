@@ -51,7 +51,7 @@ class Telemetry:
 
         self._reported = self.step.sentinel.skipped
         folder = self.rundir.path / "tensorboard"
-        self.writer = SummaryWriter(folder, purge_step=self.first_step + 1, max_queue=1000, flush_secs=10)
+        self.writer: Any = SummaryWriter(folder, purge_step=self.first_step + 1, max_queue=1000, flush_secs=10)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -90,10 +90,20 @@ class Telemetry:
         record["tokens_per_s"] = record["tokens"] / record["step_s"]
         self.rundir.log(record)
         if record["step"] % max(1, self.steps // _TENSORBOARD_POINTS) == 0:
-            for key in _TENSORBOARD_KEYS:
-                if record[key] is not None:
-                    self.writer.add_scalar(f"train/{key}", record[key], record["step"])
+            self._add_scalars("train", {key: record[key] for key in _TENSORBOARD_KEYS}, record["step"])
         self.view.show(record, self.step.sentinel.skipped)
+
+    def _add_scalars(self, group: str, values: dict[str, float | None], step: int) -> None:
+        """Write TensorBoard events; when the disk refuses them, say so once and do without."""
+        if self.writer is None:
+            return
+        try:
+            for key, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(f"{group}/{key}", value, step)
+        except OSError as error:
+            self.writer = None
+            self.view.say(f"TensorBoard events stop here: {error}; metrics.jsonl has all the numbers")
 
     def _write_skips(self) -> None:
         sentinel = self.step.sentinel
@@ -110,17 +120,20 @@ class Telemetry:
     def evaluation(self, evaluation: Evaluation, step: int) -> None:
         """Log an evaluation."""
         self.rundir.log(evaluation.record(step))
-        self.writer.add_scalar(f"{evaluation.split}/loss", evaluation.loss, step)
-        if evaluation.accuracy is not None:
-            self.writer.add_scalar(f"{evaluation.split}/accuracy", evaluation.accuracy, step)
+        self._add_scalars(evaluation.split, {"loss": evaluation.loss, "accuracy": evaluation.accuracy}, step)
         self.view.say(describe_evaluation(evaluation, step))
 
     def close(self) -> None:
         """Flush what waits, skipped updates that stopped the run included, and close the files."""
-        self.flush()
-        self._write_skips()
-        self.writer.close()
-        self.view.close()
+        try:
+            self.flush()
+            self._write_skips()
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as error:
+            self.view.say(f"TensorBoard events are incomplete: {error}")
+        finally:
+            self.view.close()
 
 
 def _read(tensors: list[torch.Tensor]) -> list[float]:

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM: in the middle of training they wait for a checkpoint, elsewhere they end the run at once.
+
+Either way the run directory says how it ended, and the same command goes on. A second signal does not wait.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopper:
+    """Handles the two signals while it is active (in the main thread; elsewhere it does nothing).
+
+    Attributes:
+        asked: True once a signal came that is to be obeyed after the next checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferring = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """While active a signal sets `asked` instead of raising."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._deferring and not self.asked:
+            self.asked = True
+        else:
+            raise KeyboardInterrupt
