@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from scenes import PAPER, PLACE, read_texts
 
-from floatline.train.hub import image_only
+from floatline.train.hub import image_only, require_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
@@ -70,6 +70,7 @@ def build(directory: str | Path, texts: Iterable[str], *, seed: int = 0) -> Path
     from transformers import GenerationConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
     directory = Path(directory)
+    require_transformers()  # without its progress bars
     tokenizer = train_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
