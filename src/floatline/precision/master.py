@@ -19,9 +19,6 @@ class NoMasterWeights:
     def push_weights(self) -> None:
         pass
 
-    def refresh(self) -> None:
-        pass
-
     def state(self) -> list[torch.Tensor]:
         return []
 
@@ -71,12 +68,6 @@ class MasterWeights(NoMasterWeights):
         """Round the masters down into the model."""
         if self.pairs:
             torch._foreach_copy_([p for p, _ in self.pairs], [m for _, m in self.pairs])
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the model's weights as the new masters (after weights were loaded without masters)."""
-        for parameter, master in self.pairs:
-            master.copy_(parameter)
 
     def state(self) -> list[torch.Tensor]:
         """Return the masters in the optimizer's order, for a checkpoint."""

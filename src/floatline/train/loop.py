@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from floatline.train.data import token_counts
 from floatline.train.evaluate import Evaluation
 from floatline.train.hub import load_model
 from floatline.train.identity import is_same_recipe, refuse_other_recipe
-from floatline.train.manifest import Manifest
+from floatline.train.manifest import Manifest, now
 from floatline.train.progress import make_view
 from floatline.train.recipe import Recipe
 from floatline.train.rundir import RunDirectory
@@ -135,7 +134,7 @@ class Loop:
         values = self.run_.manifest.values
         resumed = values.get("resumed", [])
         if self.run_.state is not None:
-            resumed = [*resumed, {"at_step": self.step.updates, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]
+            resumed = [*resumed, {"at_step": self.step.updates, "time": now()}]
         self.run_.manifest.update(
             resumed=resumed,
             parameters={
