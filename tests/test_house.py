@@ -10,7 +10,7 @@ import floatline
 
 ROOT = Path(floatline.__file__).parent
 FLOORS = [
-    {"errors", "formats", "select", "hardware"},
+    {"errors", "formats", "select", "patch", "hardware"},
     {"precision", "techniques"},
     {"step"},
     {"observe"},
@@ -22,7 +22,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"transformers", "peft", "lightning", "accelerate", "matplotlib", "gradio", "PIL", "torchdata", "tensorboard",
-         "jinja2", "sklearn", "datasets", "pydantic", "typer"}  # fmt: skip
+         "jinja2", "sklearn", "torchao", "optimi", "datasets", "pydantic", "typer"}  # fmt: skip
 
 
 def imports_of(path: Path):

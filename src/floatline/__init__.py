@@ -37,6 +37,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "techniques":
+        return import_module("floatline.techniques")
     if name not in _HOMES:
         raise AttributeError(f"module 'floatline' has no attribute {name!r}")
     return getattr(import_module(f"floatline.{_HOMES[name]}"), name)

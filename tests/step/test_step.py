@@ -214,17 +214,20 @@ def test_bad_input_is_one_clear_error():
 
 
 def test_techniques_are_applied_in_order_and_undone_in_reverse():
-    from floatline.techniques import Applied
+    from floatline.techniques import Applied, Stage, Technique
 
     events = []
 
-    class Note:
-        def __init__(self, name):
-            self.name = name
-
-        def apply(self, model):
+    class Note(Technique):
+        def _apply(self, model, hardware):
             events.append(f"+{self.name}")
-            return Applied(("0",), lambda: events.append(f"-{self.name}"))
+            return Applied(technique=self, touched=("0",), undo=lambda: events.append(f"-{self.name}"))
+
+    class A(Note):
+        name, stage = "a", Stage.FREEZE
+
+    class B(Note):
+        name, stage = "b", Stage.SAVE
 
     model = net()
     step = fl.TrainStep(
@@ -232,7 +235,7 @@ def test_techniques_are_applied_in_order_and_undone_in_reverse():
         torch.optim.SGD(model.parameters(), lr=0.1),
         precision="32-true",
         loss=mse,
-        techniques=[Note("a"), Note("b")],
+        techniques=[B(), A()],
     )
     step.undo()
     assert events == ["+a", "+b", "-b", "-a"]

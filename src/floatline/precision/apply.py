@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from floatline.errors import PrecisionError
-from floatline.precision.islands import DTYPES, ForwardPatch, cast_inputs, make_island
+from floatline.patch import ForwardPatch
+from floatline.precision.islands import DTYPES, cast_inputs, make_island
 from floatline.precision.policy import RULE_FORMATS, Policy
 from floatline.select import near_names, select_modules
 

@@ -9,14 +9,14 @@ island's own parameters keep the island's format and its outputs are cast back, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import wraps
-from types import MethodType
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from floatline.patch import ForwardPatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,34 +31,6 @@ def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
     return tree_map(cast, tree)
-
-
-@dataclass
-class ForwardPatch:
-    """An instance-level replacement of `module.forward` that can be undone."""
-
-    module: nn.Module
-    previous: Any = None
-
-    def install(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> ForwardPatch:
-        """Replace forward by `wrap(forward)`, where both take the module as first argument."""
-        self.previous = self.module.__dict__.get("forward")
-        inner = self.previous.__func__ if isinstance(self.previous, MethodType) else type(self.module).forward
-        if self.previous is not None and not isinstance(self.previous, MethodType):
-            function = self.previous
-
-            def inner(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                return function(*args, **kwargs)
-
-        # A bound method survives copy.deepcopy of the model: the copy is bound to the copied module.
-        self.module.forward = MethodType(wraps(inner)(wrap(inner)), self.module)
-        return self
-
-    def undo(self) -> None:
-        if self.previous is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.previous
 
 
 def make_island(

@@ -10,7 +10,7 @@ the verdict (a non-finite update is not made).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,9 +32,8 @@ from floatline.precision import (
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
 from floatline.step.guard import Guard, Sentinel
-from floatline.techniques import Technique
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+from floatline.step.optimizers import OptimizerFactory, make_optimizer, names_of, rebind
+from floatline.techniques import Stack, Technique
 
 
 class Schedule(Protocol):
@@ -74,7 +73,19 @@ def total_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
             "no gradient reached any parameter of the optimizer", hint="pass it the parameters that the loss depends on"
         )
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # of shards: summed over the ranks
+
+
+def _one_precision(precision: str | Policy, stack: Stack) -> str | Policy:
+    """Return the precision asked for: of the step, or of its precision technique."""
+    technique = stack.find("precision")
+    if technique is None:
+        return precision
+    asked: str = technique.policy  # type: ignore[attr-defined]
+    if str(precision) not in ("auto", asked):
+        raise ConfigError(f"precision is {precision} and {technique}", hint="give one of them")
+    return asked
 
 
 def _is_zero(count: Any) -> bool:
@@ -94,13 +105,14 @@ class TrainStep:
         loss: `(model, batch) -> scalar`, a mean over targets; None takes the model's own loss.
         max_grad_norm: Gradients are scaled down to this total 2-norm; None leaves them.
         guard: Limits on skipped updates; None for the defaults. The guard itself cannot be switched off.
-        techniques: Applied to the model in this order.
-        schedule: Stepped once an update, also when the update was skipped, so that it ends with the data.
+        techniques: Techniques or their texts ("checkpointing(every=2)"), applied in the order of their stages.
+        schedule: Stepped once an update, also when the update was skipped, so that it ends with the data. Or a
+            `callable(optimizer) -> schedule`, for techniques may replace the optimizer.
         count: `batch -> number of targets`, the weight of a micro-batch; None for `batch.target_count`.
 
     Raises:
         PrecisionError: The policy is malformed, illegal on the device, or does not fit the model.
-        ConfigError: `max_grad_norm` is not positive, or the model has nothing to train.
+        ConfigError: `max_grad_norm` is not positive, the model has nothing to train, or a technique cannot be applied.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -118,8 +130,8 @@ class TrainStep:
         loss: LossFunction | None = None,
         max_grad_norm: float | None = 1.0,
         guard: Guard | None = None,
-        techniques: Sequence[Technique] = (),
-        schedule: Schedule | None = None,
+        techniques: Sequence[Technique | str] = (),
+        schedule: Schedule | Callable[[torch.optim.Optimizer], Schedule] | None = None,
         count: Callable[[Batch], Any] | None = None,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -127,28 +139,51 @@ class TrainStep:
         self.model = model
         self.loss = loss or default_loss
         self.max_grad_norm = max_grad_norm
-        self.schedule = schedule
         self.count = count or (lambda batch: target_count(model, batch))
         self.updates = 0
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        choice = resolve_precision(precision, detect() if self.device.type == "cuda" else resolve_hardware("cpu"))
+        self.stack = Stack(techniques)
+        hardware = detect() if self.device.type == "cuda" else resolve_hardware("cpu")
+        choice = resolve_precision(_one_precision(precision, self.stack), hardware)
         self.policy, self.precision_reason = choice.policy, choice.reason
-        self.techniques = [technique.apply(model) for technique in techniques]
-        self._apply_precision(optimizer)
+        self._refuse_techniques()
+        names = names_of(model)
+        self._exact: dict[str, torch.Tensor] = {}
+        self.stack.apply(model, hardware, self._apply_precision)
+        self.ranks = self.stack.ranks
+        self._prepare_optimizer(optimizer, names)
+        self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
+        if getattr(self.schedule, "optimizer", self.optimizer) is not self.optimizer:
+            self.schedule.optimizer = self.optimizer  # type: ignore[union-attr]  # it was made for the one replaced
         self.sentinel = Sentinel(guard or Guard(), loss_scaling=self.scaling.active)
 
-    def _apply_precision(self, optimizer: torch.optim.Optimizer | OptimizerFactory) -> None:
-        base = self.policy.base
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def _refuse_techniques(self) -> None:
+        for technique in self.stack.techniques:
+            reason = technique.refuses(self.policy, self.max_grad_norm)
+            if reason:
+                raise ConfigError(f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}")
+
+    def _apply_precision(self) -> Callable[[], None]:
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ConfigError(f"{type(self.model).__name__} has no trainable parameters", hint="unfreeze some of them")
-        exact: dict[torch.Tensor, torch.Tensor] = {}
-        if base.master_weights:
-            exact = {parameter: parameter.detach().clone() for parameter in trainable}
+        if self.policy.base.master_weights:
+            self._exact = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         self.precision = apply_precision(self.model, self.policy)
-        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trainable)
-        self.masters = MasterWeights(self.optimizer, exact) if base.master_weights else NoMasterWeights()
+        return self.precision.undo
+
+    def _prepare_optimizer(self, optimizer: torch.optim.Optimizer | OptimizerFactory, names: dict[int, str]) -> None:
+        base = self.policy.base
+        made = make_optimizer(optimizer, self.model, names)
+        self.masters = NoMasterWeights()
+        if base.master_weights:
+            now = dict(self.model.named_parameters())
+            exact = {now[name]: value for name, value in self._exact.items() if now[name].shape == value.shape}
+            self.masters = MasterWeights(made, exact)
+            self._exact.clear()
+        self.optimizer = self.stack.convert(made)
         self.scaling = LossScaling(self.device.type) if base.loss_scaling else NoLossScaling()
+        self._in_backward: Any = self.optimizer if hasattr(self.optimizer, "before_backward") else None
 
     def __call__(self, batch: Batch | list[Batch]) -> StepOutput:
         """Run one update on a batch, or on a list of micro-batches.
@@ -156,8 +191,14 @@ class TrainStep:
         Raises:
             NonFiniteError: The guard's limit of skipped updates in a row is reached. The weights are untouched.
             ModelError: The model returns no scalar loss.
+            ConfigError: Several micro-batches, where the update happens in the backward.
         """
-        micro_batches = batch if isinstance(batch, list) else [batch]
+        micro_batches = batch if isinstance(batch, list) else self.stack.split(batch)
+        if self._in_backward and len(micro_batches) > 1:
+            raise ConfigError(
+                f"{len(micro_batches)} micro-batches, but the optimizer steps in the backward of each",
+                hint="give one batch an update, or drop optimizer_in_backward",
+            )
         try:
             loss = self._accumulate(micro_batches)
         except BaseException:  # half an accumulation must not be in the next update
@@ -166,7 +207,7 @@ class TrainStep:
         self.masters.pull_gradients()
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = total_norm(parameters)
+        grad_norm = self._in_backward.gradient_norm() if self._in_backward else total_norm(parameters)
         finite = self.sentinel.judge(loss, grad_norm)
         self._clip_gradients(parameters, grad_norm)
         self.sentinel.make_update(self.optimizer, finite)
@@ -184,22 +225,30 @@ class TrainStep:
         for micro_batch, weight in zip(micro_batches, self._weights(micro_batches), strict=True):
             if _is_zero(weight):  # no targets: its loss is 0/0 and would make the others' NaN
                 continue
-            with self.precision.autocast():
-                loss = self.loss(self.model, move(micro_batch, self.device))
-            if weight is not None:
-                loss = loss.float() * weight
-            self.scaling.scale(loss).backward()
+            with self.stack.during():
+                with self.stack.around(), self.precision.autocast():
+                    loss = self.loss(self.model, move(micro_batch, self.device))
+                if weight is not None:
+                    loss = loss.float() * weight
+                if self._in_backward:
+                    self._in_backward.before_backward(loss)
+                self.scaling.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
             raise ConfigError("an update needs at least one micro-batch, the list is empty")
-        return total
+        return self.ranks.sum(total) / self.ranks.size if self.ranks.size > 1 else total
 
     def _weights(self, micro_batches: list[Batch]) -> list[Any]:
-        """Each micro-batch's share of the targets; a single one needs no counting."""
-        if len(micro_batches) < 2:
+        """Each micro-batch's share of the targets; a single one needs no counting.
+
+        Gradients of several ranks are averaged, so that shares of all ranks' targets are weighted by their number.
+        """
+        if len(micro_batches) < 2 and self.ranks.size == 1:
             return [None] * len(micro_batches)
         counts = [self.count(micro_batch) for micro_batch in micro_batches]
         total = sum(counts)
+        if self.ranks.size > 1:
+            total = self.ranks.sum(torch.as_tensor(total, device=self.device)) / self.ranks.size
         if _is_zero(total):  # nothing to learn from: one of them shows it, and the guard skips the update
             return [None] + [0] * (len(counts) - 1)
         return [count / total for count in counts]
@@ -219,10 +268,9 @@ class TrainStep:
     def undo(self) -> None:
         """Take precision and techniques off the model again; the optimizer gets the model's parameters back."""
         self.masters.undo()
-        self.precision.undo()
-        for applied in reversed(self.techniques):
-            applied.undo()
-        self.techniques = []
+        names = names_of(self.model)
+        self.stack.undo()
+        rebind(self.optimizer, names, self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything an exact resume needs besides the model's own weights."""

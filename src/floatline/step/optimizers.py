@@ -1,0 +1,73 @@
+"""Which parameters an optimizer steps, when techniques have changed them under it.
+
+Adapters add parameters, sharding replaces each by its shard, freezing takes some away. A factory
+`callable(params) -> Optimizer` is called when all that has happened. An optimizer that exists already is rebound: what
+was replaced is found again by its name, what is frozen now is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from floatline.errors import ConfigError
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Return the dotted name of each parameter by its id."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def make_optimizer(
+    optimizer: torch.optim.Optimizer | OptimizerFactory, model: nn.Module, before: dict[int, str]
+) -> torch.optim.Optimizer:
+    """Return the optimizer over the model's trainable parameters as they are now.
+
+    Args:
+        optimizer: A factory, or an optimizer made before the techniques were applied.
+        model: With the techniques on it.
+        before: Names by id, as `names_of` gave them before.
+
+    Raises:
+        ConfigError: An existing optimizer lacks parameters that a technique has added.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer(trainable)
+    rebind(optimizer, before, model)
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    added = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known and id(p) not in before]
+    if added:
+        raise ConfigError(
+            f"{len(added)} parameters that a technique added are not in the optimizer, first {added[0]}",
+            hint="pass optimizer=lambda params: torch.optim.AdamW(params, ...) instead of an optimizer",
+        )
+    return optimizer
+
+
+def rebind(optimizer: torch.optim.Optimizer, before: dict[int, str], model: nn.Module) -> None:
+    """Give an optimizer the model's present parameters for those it had, in place; frozen ones are dropped."""
+    now = dict(model.named_parameters())
+    present = {id(parameter) for parameter in now.values()}
+    for group in optimizer.param_groups:
+        group["params"] = [_successor(p, before, now, present, optimizer) for p in group["params"]]
+        group["params"] = [p for p in group["params"] if p.requires_grad or id(p) not in before]
+
+
+def _successor(
+    parameter: torch.Tensor,
+    before: dict[int, str],
+    now: dict[str, nn.Parameter],
+    present: set[int],
+    optimizer: torch.optim.Optimizer,
+) -> torch.Tensor:
+    replaced = now.get(before.get(id(parameter), ""))
+    if id(parameter) in present or replaced is None:
+        return parameter
+    if parameter in optimizer.state and replaced.shape == parameter.shape:
+        optimizer.state[replaced] = optimizer.state.pop(parameter)
+    return replaced

@@ -1,0 +1,87 @@
+"""Take rows out of a batch: dicts, tuples and tensors, and the joined image tensors of vision-language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from floatline.errors import ConfigError
+
+_IMAGE_KEYS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+_TOKEN_IDS = {"image_grid_thw": "image_token_id", "video_grid_thw": "video_token_id"}
+
+
+def rows_of(batch: Any) -> int:
+    """Return the number of samples in a batch: the length of `input_ids`, else of its first tensor."""
+    if isinstance(batch, dict) and isinstance(batch.get("input_ids"), torch.Tensor):
+        return int(batch["input_ids"].shape[0])
+    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((int(leaf.shape[0]) for leaf in leaves), 1)
+
+
+def cut_rows(model: nn.Module, batch: Any, rows: torch.Tensor) -> Any:
+    """Return the batch of some rows.
+
+    Args:
+        model: Its config names image tokens and the merge size.
+        batch: A dict, tuple or tensor with one entry a row; Qwen-VL's joined image tensors are cut by image tokens.
+        rows: Indices, (n,) int64.
+
+    Raises:
+        ConfigError: A tensor's first dimension is neither the number of rows nor that of known image tensors.
+    """
+    size = rows_of(batch)
+    joined = _cut_images(model, batch, rows) if isinstance(batch, dict) and _has_images(batch) else {}
+
+    def cut(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+            return leaf
+        if leaf.shape[0] == size:
+            return leaf[rows[0] : rows[-1] + 1] if _consecutive(rows) else leaf[rows.to(leaf.device)]
+        raise ConfigError(
+            f"{path} of shape {tuple(leaf.shape)} cannot be cut into micro-batches of {size} rows",
+            hint="pass a list of micro-batches instead",
+        )
+
+    if isinstance(batch, dict):
+        rest = {key: tree_map(lambda leaf, key=key: cut(key, leaf), v) for key, v in batch.items() if key not in joined}
+        return {key: joined[key] if key in joined else rest[key] for key in batch}
+    return tree_map(lambda leaf: cut("a tensor of the batch", leaf), batch)
+
+
+def _consecutive(rows: torch.Tensor) -> bool:
+    return bool((rows.diff() == 1).all())
+
+
+def _has_images(batch: dict[str, Any]) -> bool:
+    return any(isinstance(batch.get(grid), torch.Tensor) for grid in _IMAGE_KEYS.values())
+
+
+def _cut_images(model: nn.Module, batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Cut joined image tensors: grid (images, 3) of (t, h, w) patches, pixel values (sum of t*h*w, channels).
+
+    An image takes t*h*w / merge_size^2 tokens in its row, images lie in the order of rows (Qwen2-VL and later).
+    """
+    config: Any = getattr(model, "config", None)
+    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
+    cut: dict[str, Any] = {}
+    for pixels, grids in _IMAGE_KEYS.items():
+        grid = batch.get(grids)
+        if not isinstance(grid, torch.Tensor):
+            continue
+        tokens = (batch["input_ids"] == getattr(config, _TOKEN_IDS[grids], -1)).sum(1).cumsum(0).tolist()
+        patches = grid.prod(1)
+        ends = (patches // merge**2).cumsum(0)
+        row_of_image = torch.searchsorted(torch.tensor(tokens), ends.cpu())
+        chosen = torch.isin(row_of_image, rows.cpu())
+        if not _consecutive(rows) and not bool((rows.diff() > 0).all()):
+            raise ConfigError(f"rows {rows.tolist()} of a batch with images are not in order", hint="sort them")
+        cut[grids] = grid[chosen.to(grid.device)]
+        if isinstance(batch.get(pixels), torch.Tensor):
+            cut[pixels] = batch[pixels][chosen.repeat_interleave(patches.cpu()).to(batch[pixels].device)]
+        if not bool(chosen.any()):  # a micro-batch without images has no image tensors
+            cut[grids], cut[pixels] = None, None
+    return cut

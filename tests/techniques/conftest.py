@@ -1,0 +1,235 @@
+"""The models that every technique is held against: an MLP, a conv net, a GPT-2, a Qwen3-VL and one with tied weights.
+
+All are tiny and real: the last three are language models with labels, the Qwen3-VL sees images. `zoo` builds each anew
+from a seed, with a batch of four rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROWS = 4
+VOCABULARY = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its batches.
+
+    Attributes:
+        build: () -> model, the same weights each time.
+        batch: (seed) -> batch.
+        loss: For TrainStep; None is the model's own.
+        head: Dotted name of the output head of language models, None elsewhere.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], Any]
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None
+    head: str | None = None
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width=16, depth=3):
+        super().__init__()
+        self.stem = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return x + F.relu(self.norm(self.conv(x)))
+
+
+class ConvNet(nn.Module):
+    def __init__(self, width=8, depth=3):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(*[ConvBlock(width) for _ in range(depth)])
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class TiedLanguageModel(nn.Module):
+    """A causal language model of plain torch parts; embedding and head are one weight."""
+
+    def __init__(self, width=16, depth=2):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True) for _ in range(depth)
+        )
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids, labels):
+        length = input_ids.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=mask)
+        logits = self.head(hidden)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), "logits": logits}
+
+
+def seeded(make):
+    def build():
+        torch.manual_seed(0)
+        return make().train()
+
+    return build
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def regression(seed):
+    x = torch.randn(ROWS, 8, generator=generator(seed))
+    return x, x.sum(1, keepdim=True).sin()
+
+
+def pictures(seed):
+    g = generator(seed)
+    return torch.randn(ROWS, 3, 8, 8, generator=g), torch.randint(0, 5, (ROWS,), generator=g)
+
+
+def text(seed, length=12, attention_mask=True):
+    """Rows of different lengths, right-padded; labels of the prompt and the padding are -100."""
+    g = generator(seed)
+    ids = torch.randint(5, VOCABULARY, (ROWS, length), generator=g)
+    lengths = torch.tensor([length, length - 3, length - 5, length - 6])
+    mask = torch.arange(length) < lengths[:, None]
+    labels = torch.where(mask & (torch.arange(length) >= 3), ids, -100)
+    batch = {"input_ids": torch.where(mask, ids, 0), "labels": labels}
+    return {**batch, "attention_mask": mask.long()} if attention_mask else batch
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=16,
+        n_layer=3,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config)
+
+
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 1, 2, 3, 4
+
+
+def qwen3_vl():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text_config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3],
+                            "mrope_interleaved": True},
+    }  # fmt: skip
+    vision_config = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    config = Qwen3VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=True,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def seen_text(seed):
+    """Four rows; the first and third show an image of 4 x 4 and 8 x 4 patches (4 and 8 tokens), the others none."""
+    grids = torch.tensor([[1, 4, 4], [1, 8, 4]])
+    batch = text(seed, length=20)
+    for row, tokens in ((0, 4), (2, 8)):
+        batch["input_ids"][row, : tokens + 2] = torch.tensor([VISION_START, *[IMAGE_TOKEN] * tokens, VISION_END])
+        batch["labels"][row, : tokens + 2] = -100
+    pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator(seed + 1000))
+    kinds = (batch["input_ids"] == IMAGE_TOKEN).int()
+    return {**batch, "pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
+
+
+def squares(model, batch):
+    x, y = batch
+    return F.mse_loss(model(x).float(), y)
+
+
+def classes(model, batch):
+    x, y = batch
+    return F.cross_entropy(model(x).float(), y)
+
+
+CASES = [
+    Case("mlp", seeded(Mlp), regression, squares),
+    Case("conv", seeded(ConvNet), pictures, classes),
+    Case("gpt2", seeded(gpt2), text, head="lm_head"),
+    Case("qwen3_vl", seeded(qwen3_vl), seen_text, head="lm_head"),
+    Case("tied", seeded(TiedLanguageModel), lambda seed: text(seed, attention_mask=False), head="head"),
+]
+
+
+@pytest.fixture(scope="session")
+def zoo() -> dict[str, Case]:
+    """Every model by name."""
+    return {case.name: case for case in CASES}
+
+
+@pytest.fixture(params=[case.name for case in CASES])
+def case(request, zoo) -> Case:
+    """Each model in turn."""
+    return zoo[request.param]
