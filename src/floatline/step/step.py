@@ -161,7 +161,9 @@ class TrainStep:
         for technique in self.stack.techniques:
             reason = technique.refuses(self.policy, self.max_grad_norm)
             if reason:
-                raise ConfigError(f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}")
+                raise ConfigError(
+                    f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}"
+                )
 
     def _apply_precision(self) -> Callable[[], None]:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

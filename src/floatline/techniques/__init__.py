@@ -17,7 +17,17 @@ from floatline.techniques.stack import Stack
 
 _CLASSES = {home.split(".")[1]: home.split(".")[0] for home in HOMES.values()}
 
-__all__ = ["HOMES", "Applied", "OneRank", "RankGroup", "Stack", "Stage", "Technique", "make_technique", "technique_class"]
+__all__ = [
+    "HOMES",
+    "Applied",
+    "OneRank",
+    "RankGroup",
+    "Stack",
+    "Stage",
+    "Technique",
+    "make_technique",
+    "technique_class",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,8 @@ def _children_of_lists(model: nn.Module) -> dict[str, nn.Module]:
 def _is_one_op(kind: type[nn.Module]) -> bool:
     """Say whether a class is a single op of torch: alone it holds no activations worth recomputing."""
     return kind.__module__.startswith("torch.nn.modules") and not issubclass(
-        kind, nn.Sequential | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.RNNBase | nn.MultiheadAttention
+        kind,
+        nn.Sequential | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.RNNBase | nn.MultiheadAttention,
     )
 
 

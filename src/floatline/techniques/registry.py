@@ -73,7 +73,9 @@ def make_technique(spec: Technique | str, settings: Mapping[str, Any] | None = N
     known = {field.name: field for field in fields(kind)}
     for key in given:
         if key not in known:
-            raise ConfigError(f"{name} has no setting {key!r}", hint=did_you_mean(key, known) if known else "it has none")
+            raise ConfigError(
+                f"{name} has no setting {key!r}", hint=did_you_mean(key, known) if known else "it has none"
+            )
     for key, field in known.items():
         if key not in given and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{name} needs {key}", hint=f"write {name}({key}=...)")
@@ -95,7 +97,9 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise bad
-        settings[keyword.arg] = keyword.value.id if isinstance(keyword.value, ast.Name) else _literal(keyword.value, bad)
+        settings[keyword.arg] = (
+            keyword.value.id if isinstance(keyword.value, ast.Name) else _literal(keyword.value, bad)
+        )
     return node.func.id, settings
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from floatline.errors import RunDirectoryError
 from floatline.train.checkpoint import list_checkpoints
 from floatline.train.manifest import Manifest
+from floatline.train.techniques import FREE_TECHNIQUES, with_free_techniques
 
 FREE_KEYS = (
     "run.",
@@ -25,6 +26,7 @@ FREE_KEYS = (
     "train.keep_last",
     "eval.every",
     "eval.batch_size",
+    *(f"techniques.{name}." for name in sorted(FREE_TECHNIQUES)),
 )
 
 
@@ -64,11 +66,12 @@ def refuse_other_recipe(manifest: Manifest, recipe: dict[str, Any]) -> None:
 def with_free_keys(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Return the stored resolved recipe with the free settings that the user gives now."""
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
+    techniques = with_free_techniques(stored.get("techniques", {}), asked.get("techniques", {}))
     for key, value in flatten(asked).items():
-        if _is_free(key) and value is not None:
+        if _is_free(key) and value is not None and not key.startswith("techniques."):
             section, name = key.split(".")
             merged[section][name] = value
-    return merged
+    return {**merged, "techniques": techniques}
 
 
 def fingerprint(path: str, images: Iterable[Path]) -> str:
@@ -106,7 +109,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[st
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+    return any(key == free.rstrip(".") or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

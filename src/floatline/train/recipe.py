@@ -3,6 +3,7 @@
     model: {path: Qwen/Qwen3-VL-2B-Instruct}
     data:  {train: train.jsonl, validation: validation.jsonl}
     train: {epochs: 3, batch_size: 32, lr: 1e-4}
+    techniques: {checkpointing: {every: 2}, offload: true}
 
 Every key has a type, a range and a default; `null` means "decide for me", and train/resolve.py fills it in with a
 reason. Unknown keys are errors that name the nearest known key. Paths are taken relative to the working directory.
@@ -17,6 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from floatline.errors import ConfigError, did_you_mean
+from floatline.techniques import Technique
+from floatline.train.techniques import read_techniques, technique_tree
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -95,10 +98,21 @@ class Recipe(Section):
     data: DataSection
     precision: str = Field("auto", description="a policy: auto, bf16-mixed, '16-mixed; lm_head=32', ...")
     hardware: str = Field("auto", description="whose rules apply: auto (this machine), cpu, t4, a100-40gb, ...")
+    techniques: dict[str, Any] = Field(
+        {}, description="technique: its settings; true takes the defaults, null or false leaves it out"
+    )
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     guard: GuardSection = GuardSection()
     run: RunSection = RunSection()
+
+    def make_techniques(self) -> list[Technique]:
+        """Return the techniques that the recipe names.
+
+        Raises:
+            ConfigError: Unknown technique or setting, or a value that does not fit.
+        """
+        return read_techniques(self.techniques)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -124,9 +138,12 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
         ConfigError: As `load_recipe`.
     """
     try:
+        tree = technique_tree(tree)
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None
     if recipe.train.steps is not None and recipe.train.epochs is not None:
         raise ConfigError(
             f"{where}: train.steps={recipe.train.steps} and train.epochs={recipe.train.epochs} are both set",
@@ -156,6 +173,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *sections, name = key.strip().split(".")
     for section in sections:
         inner = tree.setdefault(section, {})
+        if inner in (True, False, None):  # a technique that was on or off gets settings
+            inner = tree[section] = {}
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
         tree = inner

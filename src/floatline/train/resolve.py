@@ -121,7 +121,7 @@ def _fill_sizes(filler: _Filler, train_samples: int) -> None:
             f"train.batch_size={batch_size} is more than the {train_samples} training samples",
             hint=f"use train.batch_size={train_samples} or less",
         )
-    micro = filler.fill("train.micro_batch_size", batch_size, "no split of the batch was asked for")
+    micro = _fill_micro_batch(filler, batch_size)
     if batch_size % micro:
         raise ConfigError(
             f"train.micro_batch_size={micro} does not divide train.batch_size={batch_size}",
@@ -142,6 +142,22 @@ def _fill_sizes(filler: _Filler, train_samples: int) -> None:
         raise ConfigError(
             f"train.warmup_steps={warmup} is more than train.steps={steps}", hint=f"use at most {steps}, or null"
         )
+
+
+def _fill_micro_batch(filler: _Filler, batch_size: int) -> int:
+    """Samples per forward: as asked, as techniques.accumulation asks, or the whole batch."""
+    accumulation = filler.tree["techniques"].get("accumulation")
+    if accumulation is None:
+        return int(filler.fill("train.micro_batch_size", batch_size, "no split of the batch was asked for"))
+    parts = accumulation["micro_batches"]
+    key, size = f"techniques.accumulation.micro_batches={parts}", -(-batch_size // parts)
+    micro = int(filler.fill("train.micro_batch_size", size, f"{key} of {batch_size} samples"))
+    if -(-batch_size // micro) != parts:
+        raise ConfigError(
+            f"{key} and train.micro_batch_size={micro} do not fit train.batch_size={batch_size}",
+            hint=f"use a number of micro-batches from {_divisors(batch_size)}, and leave train.micro_batch_size open",
+        )
+    return micro
 
 
 def _divisors(number: int) -> list[int]:

@@ -157,6 +157,7 @@ def _build(
         model = load_model(recipe.model.path, recipe.model.dtype or "fp32", recipe.model.attention)
     model.to(resolved.device).train()
     step = make_step(model, resolved)
+    note_techniques(step, manifest, say)
     pad = pad_token_id(encoder.tokenizer)
     loader = make_loader(
         datasets["train"],
@@ -209,27 +210,41 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
-    """Return the TrainStep that a resolved recipe describes."""
+    """Return the TrainStep that a resolved recipe describes.
+
+    Optimizer and schedule are made inside, after techniques have added, frozen or sharded parameters.
+    """
     train = resolved.recipe.train
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=train.lr,
-        betas=train.betas,
-        weight_decay=train.weight_decay,
-        fused=True,
-    )
-    schedule = make_schedule(
-        optimizer,
-        kind=train.schedule,
-        steps=train.steps or 1,
-        warmup=train.warmup_steps or 0,
-        final=train.final_lr_share,
-    )
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return make_schedule(
+            optimizer,
+            kind=train.schedule,
+            steps=train.steps or 1,
+            warmup=train.warmup_steps or 0,
+            final=train.final_lr_share,
+        )
+
     return TrainStep(
         model,
-        optimizer,
+        lambda parameters: torch.optim.AdamW(
+            parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+        ),
         precision=resolved.policy,
         max_grad_norm=train.max_grad_norm,
         guard=Guard(**resolved.recipe.guard.model_dump()),
+        techniques=resolved.recipe.make_techniques(),
         schedule=schedule,
+    )
+
+
+def note_techniques(step: TrainStep, manifest: Manifest, say: Say) -> None:
+    """Tell what each technique touched and chose, on the screen and in run.json."""
+    for note in step.stack.notes:
+        say(note)
+    manifest.update(
+        techniques=[
+            {"technique": str(a.technique), "touched": list(a.touched), "notes": list(a.notes)}
+            for a in step.stack.applied
+        ]
     )

@@ -1,0 +1,89 @@
+"""Techniques in recipes: how they are written, spelled out, refused, and which may change on resume."""
+
+import json
+
+import pytest
+
+from floatline.errors import ConfigError, RunDirectoryError
+from floatline.train import load_recipe, train
+from floatline.train.recipe import parse_recipe
+from floatline.train.techniques import technique_tree, with_free_techniques
+
+BASE = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+
+
+def techniques_of(value):
+    return parse_recipe({**BASE, "techniques": value}).techniques
+
+
+def test_mapping_and_list_are_the_same():
+    spelled = {"accumulation": {"micro_batches": 4}}
+    assert techniques_of({"accumulation": {"micro_batches": 4}, "checkpointing": None}) == spelled
+    assert techniques_of(["accumulation(micro_batches=4)"]) == spelled
+    assert techniques_of("accumulation(micro_batches=4)") == spelled
+    assert techniques_of({"accumulation": True}) == {"accumulation": {"micro_batches": 8}}
+    assert techniques_of({"accumulation": False}) == {} == techniques_of(None)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"checkpoint": True}, "recipe: there is no technique 'checkpoint'\nhint: did you mean 'checkpointing'"),
+        ({"accumulation": {"batches": 2}}, "recipe: accumulation has no setting 'batches'\nhint: did you mean"),
+        ({"accumulation": {"micro_batches": 0}}, "recipe: accumulation.micro_batches is 0\nhint: give 1 or more"),
+        ({"accumulation": {"micro_batches": "x"}}, "accumulation.micro_batches is 'x'\nhint: allowed: a whole number"),
+        ({"accumulation": 3}, "techniques.accumulation is 3\nhint: write true, null, or its settings"),
+        (["accumulation", "accumulation"], "techniques names accumulation twice\nhint: keep one of them"),
+        (["accumulation(2)"], "'accumulation(2)' is not a technique\nhint: write a name, or name(setting=value, ...)"),
+        (3, "techniques is 3\nhint: write {checkpointing: true, ...} or a list of names"),
+    ],
+)
+def test_bad_techniques_are_explained(value, text):
+    with pytest.raises(ConfigError) as error:
+        techniques_of(value)
+    assert text in str(error.value)
+
+
+def test_precision_as_a_technique_is_the_recipes_precision():
+    tree = technique_tree({**BASE, "techniques": {"precision": {"policy": "bf16-mixed"}}})
+    assert tree["precision"] == "bf16-mixed" and tree["techniques"] == {}
+    with pytest.raises(ConfigError, match="precision=32-true and techniques.precision.policy=bf16-mixed"):
+        technique_tree({**tree, "precision": "32-true", "techniques": {"precision": {"policy": "bf16-mixed"}}})
+
+
+def test_what_changes_the_maths_stays_on_resume():
+    stored = {"lora": {"rank": 8}, "checkpointing": {"every": 2}}
+    asked = {"offload": {"min_bytes": 0}}
+    assert with_free_techniques(stored, asked) == {"lora": {"rank": 8}, "offload": {"min_bytes": 0}}
+
+
+def test_overrides_switch_and_set(recipe_file):
+    recipe = load_recipe(recipe_file, ["techniques.accumulation=true", "techniques.accumulation.micro_batches=2"])
+    assert recipe.techniques == {"accumulation": {"micro_batches": 2}}
+    assert load_recipe(recipe_file, ["techniques.accumulation=true", "techniques.accumulation=null"]).techniques == {}
+
+
+def test_a_run_with_accumulation_equals_micro_batches_and_says_so(recipe_file, losses, tmp_path):
+    small = ["precision=32-true", "train.steps=3", "eval.generate=false", "train.checkpoint_every=3"]
+    by_technique = load_recipe(recipe_file, [*small, "techniques.accumulation.micro_batches=4"])
+    by_size = load_recipe(recipe_file, [*small, "train.micro_batch_size=2", f"run.dir={tmp_path / 'other'}"])
+    assert train(by_technique).status == train(by_size).status == "finished"
+    assert losses(by_technique.run.dir) == losses(by_size.run.dir)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["techniques"][0]["technique"] == "accumulation(micro_batches=4)"
+    choice = next(c for c in record["choices"] if c["key"] == "train.micro_batch_size")
+    assert choice["value"] == 2 and choice["reason"] == "techniques.accumulation.micro_batches=4 of 8 samples"
+
+
+def test_accumulation_that_does_not_fit(recipe_file):
+    with pytest.raises(ConfigError, match=r"micro_batches=3 and train.micro_batch_size=4 do not fit"):
+        train(load_recipe(recipe_file, ["techniques.accumulation.micro_batches=3", "train.micro_batch_size=4"]))
+
+
+def test_a_run_may_go_on_with_other_accumulation_but_not_with_another_rank(recipe_file):
+    small = ["train.steps=2", "eval.generate=false", "train.checkpoint_every=1"]
+    train(load_recipe(recipe_file, small))
+    again = load_recipe(recipe_file, [*small, "techniques.accumulation.micro_batches=2"])
+    assert train(again).status == "already finished"
+    with pytest.raises(RunDirectoryError, match=r"another recipe: train.lr"):
+        train(load_recipe(recipe_file, [*small, "train.lr=5e-3"]))
