@@ -4,7 +4,10 @@ All are tiny and real: the last three are language models with labels, the Qwen3
 from a seed, with a batch of four rows.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from floatline.step import default_loss
 
 ROWS = 4
 VOCABULARY = 96
@@ -233,3 +240,38 @@ def zoo() -> dict[str, Case]:
 def case(request, zoo) -> Case:
     """Each model in turn."""
     return zoo[request.param]
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of storages that ops made and that are still alive."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.live = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.live and storage._cdata not in self.known:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        return out
+
+
+@pytest.fixture(scope="session")
+def kept_bytes():
+    """(model, batch, loss=None, around=nullcontext) -> bytes that the graph keeps after the forward: not weights, batch."""
+
+    def measure(model, batch, loss=None, around=nullcontext):
+        known = [*model.parameters(), *model.buffers(), *(t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))]
+        storages = _Storages(known)
+        with storages, around():
+            out = (loss or default_loss)(model, batch)
+            gc.collect()
+            assert out.requires_grad
+            return sum(storages.live.values())
+
+    return measure
