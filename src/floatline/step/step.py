@@ -180,7 +180,9 @@ class TrainStep:
         self.masters = NoMasterWeights()
         if base.master_weights:
             now = dict(self.model.named_parameters())
-            exact = {now[name]: value for name, value in self._exact.items() if now[name].shape == value.shape}
+            exact: dict[torch.Tensor, torch.Tensor] = {
+                now[name]: value for name, value in self._exact.items() if now[name].shape == value.shape
+            }
             self.masters = MasterWeights(made, exact)
             self._exact.clear()
         self.optimizer = self.stack.convert(made)

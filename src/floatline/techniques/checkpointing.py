@@ -13,8 +13,8 @@ are buffers that the forward changes (batch norm would count each batch twice ot
 A layer that changes its inputs in place would be recomputed from the changed values; that is an error at its first
 forward. A key-value cache handed to a layer in training is left out, for the recomputation would append to it twice.
 
-Not covered: reentrant checkpointing (it needs inputs that require gradients and breaks with frozen embeddings); lists of
-plain ops such as a Sequential of Linear and ReLU, where name the modules yourself.
+Not covered: reentrant checkpointing (it needs inputs that require gradients and breaks with frozen embeddings); lists
+of plain ops such as a Sequential of Linear and ReLU, where you name the modules yourself.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _checkpointed(name: str, selective: ContextFunction | None) -> Callable[[Cal
             if not torch.is_grad_enabled():
                 return forward(self, *args, **kwargs)
             if torch.compiler.is_compiling():  # the compiler sees mutations itself and recomputes pure ops only
-                more = {"context_fn": selective} if selective else {}
+                more: dict[str, Any] = {"context_fn": selective} if selective else {}
                 return checkpoint(partial(forward, self), *args, use_reentrant=False, **more, **kwargs)
             if self.training:
                 args, kwargs = _without_cache((args, kwargs))

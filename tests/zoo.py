@@ -1,7 +1,7 @@
 """The models that every technique is held against: an MLP, a conv net, a GPT-2, a Qwen3-VL and one with tied weights.
 
-All are tiny and real: the last three are language models with labels, the Qwen3-VL sees images. `zoo` builds each anew
-from a seed, with a batch of four rows.
+All are tiny and real: the last three are language models with labels, the Qwen3-VL sees images. Each is built anew from
+a seed, with batches of four rows. conftest.py hands them out as the fixtures `zoo` and `case`.
 """
 
 import gc
@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -230,18 +229,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def zoo() -> dict[str, Case]:
-    """Every model by name."""
-    return {case.name: case for case in CASES}
-
-
-@pytest.fixture(params=[case.name for case in CASES])
-def case(request, zoo) -> Case:
-    """Each model in turn."""
-    return zoo[request.param]
-
-
 class _Storages(TorchDispatchMode):
     """Counts the bytes of storages that ops made and that are still alive."""
 
@@ -261,17 +248,12 @@ class _Storages(TorchDispatchMode):
         return out
 
 
-@pytest.fixture(scope="session")
-def kept_bytes():
-    """(model, batch, loss=None, around=nullcontext) -> bytes that the graph keeps after the forward: not weights, batch."""
-
-    def measure(model, batch, loss=None, around=nullcontext):
-        known = [*model.parameters(), *model.buffers(), *(t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))]
-        storages = _Storages(known)
-        with storages, around():
-            out = (loss or default_loss)(model, batch)
-            gc.collect()
-            assert out.requires_grad
-            return sum(storages.live.values())
-
-    return measure
+def kept_bytes(model, batch, loss=None, around=nullcontext):
+    """Return the bytes that the graph keeps after a forward, weights and batch not counted."""
+    known = [*model.parameters(), *model.buffers(), *(t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))]
+    storages = _Storages(known)
+    with storages, around():
+        out = (loss or default_loss)(model, batch)
+        gc.collect()
+        assert out.requires_grad
+        return sum(storages.live.values())
