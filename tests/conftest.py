@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path[:0] = [str(EXAMPLES / "digits"), str(Path(__file__).parent)]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(EXAMPLES / "digits"), str(HERE), str(HERE / "contracts")]
 
 import zoo as models  # noqa: E402
 
