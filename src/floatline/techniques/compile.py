@@ -81,12 +81,16 @@ class Compile(Technique):
         if hardware.kind == "cpu":
             compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
             found = shutil.which(compiler) is not None
-            return Verdict(found, f"inductor compiles for CPU with {compiler}, which is {'' if found else 'not '}installed")
+            return Verdict(
+                found, f"inductor compiles for CPU with {compiler}, which is {'' if found else 'not '}installed"
+            )
         have = f"{hardware.name} is {hardware.generation}, capability {_spell(hardware.capability)}"
         if (hardware.capability or (0, 0)) < _TRITON_NEEDS:
             return Verdict(False, f"inductor's Triton kernels start at capability {_spell(_TRITON_NEEDS)}; {have}")
         if _device(model) == "cuda" and find_spec("triton") is None:
-            return Verdict(False, "inductor writes its CUDA kernels in Triton, which is not installed (pip install triton)")
+            return Verdict(
+                False, "inductor writes its CUDA kernels in Triton, which is not installed (pip install triton)"
+            )
         return Verdict(True, f"{have}: Triton kernels start at {_spell(_TRITON_NEEDS)}")
 
     def conflict_with(self, other: Technique) -> str | None:
@@ -103,7 +107,7 @@ class Compile(Technique):
         watch = CompileWatch()
         for module, call in _callers(modules.values()):
             compiled = torch.compile(call, **self._settings())
-            module._compiled_call_impl = watch.watch(compiled)  # type: ignore[assignment]  # what nn.Module.compile sets
+            module._compiled_call_impl = watch.watch(compiled)  # where nn.Module.compile puts it
 
         def undo() -> None:
             for module in modules.values():
@@ -185,7 +189,7 @@ def _cached_configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
-    """Context in which Hugging Face models build no key-value cache unless asked; their config is as before after it."""
+    """Context in which Hugging Face models build no key-value cache unless asked; their config is restored after."""
     with ExitStack() as stack:
         for config in _cached_configs(model):
             config.use_cache = False

@@ -34,10 +34,10 @@ def hugging_face_parts(model: nn.Module) -> dict[str, nn.Module]:
 def configs_of(model: nn.Module) -> list[Any]:
     """Return every config in the model that names an attention implementation, each once."""
     found: dict[int, Any] = {}
-    queue = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")]
+    queue: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     while queue:
         config = queue.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation"):
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
             continue
         found[id(config)] = config
         queue += [sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None]
@@ -78,7 +78,9 @@ def kernel_of(implementation: str) -> str | None:
     """
     known = {name: kernel for kernel, name in NAMES.items()}
     if "/" in implementation:  # a kernel from the Hub, which transformers takes where the package is not installed
-        return "flash-attn-3" if "attn3" in implementation else "flash-attn-2" if "flash-attn" in implementation else None
+        return (
+            "flash-attn-3" if "attn3" in implementation else "flash-attn-2" if "flash-attn" in implementation else None
+        )
     return known.get(implementation)
 
 
