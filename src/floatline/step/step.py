@@ -34,6 +34,7 @@ from floatline.step.batch import Batch, LossFunction, default_loss, move, target
 from floatline.step.guard import Guard, Sentinel
 from floatline.step.optimizers import OptimizerFactory, make_optimizer, names_of, rebind
 from floatline.techniques import Stack, Technique
+from floatline.techniques.undisturbed import undisturbed
 
 
 class Schedule(Protocol):
@@ -222,6 +223,26 @@ class TrainStep:
         self.updates += 1
         self.sentinel.record(self.updates, loss, grad_norm)
         return StepOutput(loss, grad_norm, finite)
+
+    def warm_up(self, batch: Batch | list[Batch]) -> dict[str, float]:
+        """Run forward and backward of a batch without an update, so that what compiles lazily has compiled.
+
+        Weights, optimizer, buffers, gradients, random numbers and the guard are as before.
+
+        Returns:
+            What the techniques counted, as `stack.facts()`: `compile.graphs`, `compile.compile_s` ...
+
+        Raises:
+            ConfigError: The optimizer updates in the backward, so there is no backward without an update.
+        """
+        if self._in_backward:
+            raise ConfigError(
+                "a warm-up runs a backward without an update, but optimizer_in_backward updates there",
+                hint="leave the warm-up out, the first update compiles",
+            )
+        with undisturbed(self.model):
+            self._accumulate(batch if isinstance(batch, list) else self.stack.split(batch))
+        return self.stack.facts()
 
     def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Forward and backward of each micro-batch; returns the weighted loss."""
