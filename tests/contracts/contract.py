@@ -85,7 +85,7 @@ SPECS = {
         Spec("attention(kernel=math)", models=LANGUAGE, tolerance=ROUNDING),
         Spec("offload(to=disk, min_bytes=0)"),
         Spec("sharding", tolerance=ROUNDING),
-        Spec("batching(max_tokens=30)", models=frozenset({"gpt2", "qwen3_vl"}), tolerance=ROUNDING),
+        Spec("batching(max_tokens=30)", models=LANGUAGE, tolerance=ROUNDING),
         Spec("packing", models=frozenset({"gpt2", "qwen3_vl"}), tolerance=ROUNDING),
         Spec("low_bit_optimizer", tolerance=_EIGHT_BIT, approximate_state=True),
         Spec("optimizer_offload"),
