@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
+
 import torch
 
 from floatline.errors import ConfigError, NonFiniteError

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from floatline.errors import ConfigError
-from floatline.techniques.low_bit_optimizer import LowBitAdam
+from floatline.techniques.low_bit_adam import LowBitAdam
 from floatline.techniques.low_bit_state import plain_state
 from floatline.techniques.wrapped_optimizer import innermost
 

@@ -165,7 +165,9 @@ class TrainStep:
         for technique in self.stack.techniques:
             reason = technique.refuses(self.policy, self.max_grad_norm)
             if reason:
-                raise ConfigError(f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}")
+                raise ConfigError(
+                    f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}"
+                )
 
     def _apply_precision(self) -> Callable[[], None]:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -262,8 +264,9 @@ class TrainStep:
         if self.schedule is None:
             return
         with warnings.catch_warnings() if self.updates == 0 else nullcontext():
-            if self.updates == 0:  # torch takes a first update that was skipped for a wrong order of calls
+            if self.updates == 0:  # torch takes a skipped first update, or a replaced optimizer, for a wrong order
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                warnings.filterwarnings("ignore", message=r"Seems like `optimizer.step\(\)` has been overridden")
             self.schedule.step()
 
     def _clip_gradients(self, parameters: list[torch.Tensor], grad_norm: torch.Tensor) -> None:

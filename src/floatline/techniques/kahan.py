@@ -74,9 +74,7 @@ def apply_wide_step(
     made: list[WideStep] = []
 
     def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        wide = WideStep(
-            optimizer, rounding, moments=moments, bucket_bytes=bucket_bytes, seed=seed, name=technique.name
-        )
+        wide = WideStep(optimizer, rounding, moments=moments, bucket_bytes=bucket_bytes, seed=seed, name=technique.name)
         made.append(wide)
         return wide
 

@@ -17,17 +17,14 @@ is quantised when it is loaded, and `TrainStep` gives a plain Adam dequantised s
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861; Li et al., Memory Efficient
 Optimizers with 4-bit States, arXiv 2309.01507.
-Not covered: other optimizers than Adam and AdamW; `maximize`; several devices in one optimizer with bitsandbytes.
+Not covered: other optimizers than Adam and AdamW; `amsgrad` and `maximize`; several devices in one optimizer with bitsandbytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -36,18 +33,16 @@ from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict, format_verdict
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.low_bit_state import INSTALL, decode, encode, is_quantised, torchao_optim
+from floatline.techniques.low_bit_adam import LowBitAdam, dequantise, is_adamw, to_torchao
+from floatline.techniques.low_bit_state import INSTALL
 from floatline.techniques.partial_step import state_bytes
-from floatline.techniques.wrapped_optimizer import load_in_place, saved_state_of, share
+from floatline.techniques.wrapped_optimizer import share
 
 SMALLEST = 4096
 """Elements below which both libraries leave state in full precision."""
 
 BLOCKS = {8: 256, 4: 128, "fp8": 256}
 """Default block size by format, the libraries' own."""
-
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
-"""Adam's state tensors, and whether each has signs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +130,32 @@ class LowBitOptimizer(Technique):
         def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             refuse_optimizer(optimizer)
             if library == "torchao":
-                made.append(to_torchao(optimizer, self, eager=not compiles(hardware)))
+                made.append(self._to_torchao(optimizer, eager=not compiles(hardware)))
             else:
                 made.append(to_bitsandbytes(optimizer))
             return made[-1]
 
         def undo() -> None:
             for optimizer in made:
-                dequantise(optimizer)
+                if isinstance(optimizer, LowBitAdam):
+                    dequantise(optimizer)
+                else:
+                    optimizer.state.clear()  # only bitsandbytes can read it
             made.clear()
 
         def facts() -> dict[str, float]:
             return {"state_bytes": float(sum(map(state_bytes, made)))}
 
         touched = quantised or tuple(trainable)
-        return Applied(
-            technique=self, touched=touched, undo=undo, notes=tuple(notes), optimizer=convert, facts=facts
+        return Applied(technique=self, touched=touched, undo=undo, notes=tuple(notes), optimizer=convert, facts=facts)
+
+    def _to_torchao(self, optimizer: torch.optim.Optimizer, *, eager: bool) -> LowBitAdam:
+        return to_torchao(
+            optimizer,
+            self.bits,
+            block_size=self.block,
+            stochastic_rounding=self.stochastic_rounding,
+            eager=eager,
         )
 
     def quantises(self, parameter: torch.Tensor) -> bool:
@@ -182,133 +187,26 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
             hint="give optimizer=torch.optim.AdamW, or use optimizer_offload, which takes any optimizer",
         )
     for group in optimizer.param_groups:
-        for setting in ("maximize", "differentiable"):
+        for setting in ("amsgrad", "maximize", "differentiable"):  # torchao's amsgrad fails on quantised state
             if group.get(setting):
                 raise ConfigError(f"low_bit_optimizer cannot do {setting}=True", hint=f"leave {setting} out")
-
-
-def _is_adamw(optimizer: torch.optim.Optimizer) -> bool:
-    return isinstance(optimizer, torch.optim.AdamW) or bool(optimizer.defaults.get("decoupled_weight_decay"))
-
-
-class LowBitAdam(torch.optim.Optimizer):
-    """What is added to torchao's Adam: a plain learning rate, eager steps, one table for all, state dicts."""
-
-    eager: bool
-    block_size: int
-
-    def prepare(self, *, eager: bool) -> None:
-        self.eager = eager
-        self._tables: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
-        """Return zero state; all tensors of one kind share the table, which is 1 KiB each otherwise."""
-        made: torch.Tensor = super()._new_buffer(p, signed)  # type: ignore[misc]
-        return self._with_shared_table(made)
-
-    def _with_shared_table(self, value: Any) -> Any:
-        if hasattr(value, "qmap") and is_quantised(value):
-            key = (type(value), value.signed, value.qmap.device, type(value.qmap))
-            value.qmap = self._tables.setdefault(key, value.qmap)
-        return value
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """torchao wants the learning rate as a tensor; schedules and logs keep the number they know."""
-        rates = [group["lr"] for group in self.param_groups]
-        try:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"] = rate if isinstance(rate, torch.Tensor) else torch.tensor(rate, dtype=torch.float32)
-            with self._stance():
-                return super().step(closure)
-        finally:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-    def _stance(self) -> AbstractContextManager[Any]:
-        return torch.compiler.set_stance("force_eager") if self.eager else nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state with quantised tensors as plain ones."""
-        packed = super().state_dict()
-        state = {key: {name: encode(v) for name, v in values.items()} for key, values in packed["state"].items()}
-        return {**packed, "state": state}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a low-bit state dict bit for bit; full-precision moments, or those of other bits, are quantised."""
-        load_in_place(self, {**state_dict, "state": {}}, super().load_state_dict)
-        for _, parameter, saved in saved_state_of(self, state_dict):
-            self.state[parameter] = {key: self._loaded(parameter, key, value) for key, value in saved.items()}
-
-    def _loaded(self, parameter: torch.Tensor, key: str, value: Any) -> Any:
-        if key not in MOMENTS:
-            return value.clone() if isinstance(value, torch.Tensor) else value
-        return self.quantised(parameter, key, decode(value))
-
-    def quantised(self, parameter: torch.Tensor, key: str, value: Any) -> torch.Tensor:
-        """Return a moment in the format that this optimizer has for `parameter`."""
-        fresh: Any = self._new_buffer(parameter, MOMENTS[key])
-        if type(value) is type(fresh) and is_quantised(value) and value.block_size == fresh.block_size:
-            return self._with_shared_table(value.to(parameter.device))
-        full = value.dequantize() if is_quantised(value) else value
-        fresh.copy_(full.to(parameter.device, torch.float32))
-        return fresh
-
-
-@cache
-def _low_bit_class(base: type) -> Any:
-    return type(base.__name__, (LowBitAdam, base), {"__doc__": base.__doc__})
-
-
-def to_torchao(optimizer: torch.optim.Optimizer, technique: LowBitOptimizer, *, eager: bool) -> torch.optim.Optimizer:
-    """Return torchao's low-bit counterpart of an Adam or AdamW, with the same groups and state objects."""
-    suffix = "Fp8" if technique.bits == "fp8" else f"{technique.bits}bit"
-    base = getattr(torchao_optim(), f"Adam{'W' if _is_adamw(optimizer) else ''}{suffix}")
-    known = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    made = _low_bit_class(base)(
-        optimizer.param_groups,
-        **known,
-        block_size=technique.block,
-        bf16_stochastic_round=technique.stochastic_rounding,
-    )
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    share(made, optimizer)
-    made.prepare(eager=eager)
-    for parameter, state in made.state.items():
-        state.update({key: made.quantised(parameter, key, state[key]) for key in MOMENTS if key in state})
-    return made
 
 
 def to_bitsandbytes(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return bitsandbytes' 8-bit counterpart of an Adam or AdamW, with the same groups.
 
     Raises:
-        ConfigError: The optimizer has taken steps already, or uses amsgrad; bitsandbytes can continue neither.
+        ConfigError: The optimizer has taken steps already, which bitsandbytes cannot continue.
     """
     if optimizer.state:
         raise ConfigError(
             "bitsandbytes cannot take over the state of an optimizer that has stepped already",
             hint="write low_bit_optimizer(library='torchao')",
         )
-    if any(group.get("amsgrad") for group in optimizer.param_groups):
-        raise ConfigError("bitsandbytes has no amsgrad", hint="write low_bit_optimizer(library='torchao')")
     import bitsandbytes
 
-    kind = bitsandbytes.optim.AdamW8bit if _is_adamw(optimizer) else bitsandbytes.optim.Adam8bit
+    kind = bitsandbytes.optim.AdamW8bit if is_adamw(optimizer) else bitsandbytes.optim.Adam8bit
     known = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
     made: torch.optim.Optimizer = kind(optimizer.param_groups, **known)
     share(made, optimizer)
     return made
-
-
-@torch.no_grad()
-def dequantise(optimizer: torch.optim.Optimizer) -> None:
-    """Turn torchao's low-bit state into tensors of the weights' format, in place; bitsandbytes' is dropped."""
-    if not isinstance(optimizer, LowBitAdam):
-        optimizer.state.clear()
-        return
-    for parameter, state in optimizer.state.items():
-        for key in MOMENTS:
-            if is_quantised(state.get(key)):
-                state[key] = state[key].dequantize().to(parameter.dtype)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from floatline.errors import ConfigError
 
 KIND = "low_bit"

@@ -78,7 +78,7 @@ class OptimizerInBackward(Technique):
             made.clear()
 
         touched = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        notes = ()
+        notes: tuple[str, ...] = ()
         if hardware.kind == "cuda":
             notes = ("fused Adam and AdamW take the verdict on the device, others wait for it once a parameter",)
         return Applied(technique=self, touched=touched, undo=undo, notes=notes, optimizer=convert)

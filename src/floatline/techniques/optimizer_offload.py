@@ -192,7 +192,7 @@ class OffloadedOptimizer(WrappedOptimizer):
         self.store = store
         self._park([(group, group["params"]) for group in self.param_groups])
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -115,7 +115,7 @@ class WideStep(WrappedOptimizer):
         self._generators: dict[str, torch.Generator] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,7 +144,8 @@ class WideStep(WrappedOptimizer):
             return parameter
         state = self.state.pop(parameter, {})
         wide = self.rounding.widen(parameter, state)
-        wide.grad = parameter.grad.float()  # type: ignore[union-attr]  # chunks holds those with a gradient
+        assert parameter.grad is not None  # chunks leaves the others out
+        wide.grad = parameter.grad.float()
         if state:
             self.state[wide] = {key: value.float() if _is_moment(value) else value for key, value in state.items()}
         pairs.append((parameter, wide))
