@@ -40,7 +40,7 @@ def test_close_to_plain_adamw_on_every_model(case, bits, precision):
     assert furthest(*models) < (3e-4 if bits != 4 else 1e-3)
 
 
-@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), ("fp8", 0.06), (4, 0.5)])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.04), ("fp8", 0.06), (4, 0.4)])
 def test_quantised_updates_are_near_those_of_fp32(bits, error):
     models = []
     for techniques in ([], [low(bits=bits)]):
@@ -79,7 +79,7 @@ def test_existing_state_is_taken_over():
         models.append(model)
     state = step.optimizer.state[model[0].weight]
     assert state["step"] == 4 and is_quantised(state["exp_avg_sq"])
-    assert furthest(*models) < 1e-4
+    assert furthest(*models) < 2e-4
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.27), ("fp8", 0.26), (4, 0.14)])

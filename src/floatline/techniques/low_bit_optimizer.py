@@ -17,7 +17,8 @@ is quantised when it is loaded, and `TrainStep` gives a plain Adam dequantised s
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861; Li et al., Memory Efficient
 Optimizers with 4-bit States, arXiv 2309.01507.
-Not covered: other optimizers than Adam and AdamW; `amsgrad` and `maximize`; several devices in one optimizer with bitsandbytes.
+Not covered: other optimizers than Adam and AdamW; `amsgrad` and `maximize`; state of sharded parameters is saved as
+torchao makes it.
 """
 
 from __future__ import annotations
