@@ -1,5 +1,6 @@
 """Low-bit Adam: close to fp32, as small as promised, exact on resume, loads with and without, refuses clearly."""
 
+import subprocess
 import sys
 import types
 
@@ -175,6 +176,24 @@ def test_the_compiler_is_left_as_it_was():
     double = torch.compile(lambda x: 2 * x, backend="eager")
     double(torch.ones(2))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_runs_on_fake_tensors_also_the_first_time(bits):
+    """In an interpreter where torchao has made no table yet."""
+    code = (
+        "import torch; from torch import nn; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "from floatline.techniques.low_bit_adam import to_torchao\n"
+        "from floatline.techniques.partial_step import state_bytes\n"
+        "with FakeTensorMode():\n"
+        "    weight = nn.Parameter(torch.ones(64, 64)); weight.grad = torch.ones(64, 64)\n"
+        f"    plain = torch.optim.AdamW([weight]); bits = {bits!r}\n"
+        "    low = to_torchao(plain, bits, block_size=128, stochastic_rounding=True, eager=True)\n"
+        "    low.step(); low.step(); print(state_bytes(low))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    codes, scales, tables = 2 * 4096 // (2 if bits == 4 else 1), 2 * 32 * 4, {8: 2 * 256 * 4, 4: 2 * 16 * 4, "fp8": 0}
+    assert int(done.stdout) == codes + scales + tables[bits] + 4
 
 
 def test_undo_dequantises():

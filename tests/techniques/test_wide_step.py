@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 import floatline as fl
 from floatline.errors import ConfigError
-from floatline.techniques.wide_step import COMPENSATION, Compensated, Stochastic, WideStep, round_stochastically
+from floatline.techniques.wide_step import (
+    COMPENSATION,
+    RANDOMNESS,
+    Compensated,
+    Stochastic,
+    WideStep,
+    round_stochastically,
+)
 
 from .optimizer_cases import data, furthest, make, resumed, same, through_a_file, train
 
@@ -150,6 +157,14 @@ def test_state_dicts_load_with_and_without():
     train(step, [data(2)])
     plain.load_state_dict(through_a_file(step.state_dict()))
     assert bool(plain(data(3)).applied)
+
+
+def test_random_bits_of_another_device_are_left_out():
+    _, step = make(["stochastic_rounding"], "bf16-true")
+    train(step, [data(0)])
+    saved = step.optimizer.state_dict()
+    step.optimizer.load_state_dict({**saved, RANDOMNESS: {"cuda:0": torch.zeros(16, dtype=torch.uint8)}})
+    assert torch.equal(step.optimizer.state_dict()[RANDOMNESS]["cpu"], saved[RANDOMNESS]["cpu"])
 
 
 def test_works_for_sgd_and_in_small_buckets():

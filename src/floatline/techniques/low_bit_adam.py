@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from floatline.techniques.low_bit_state import decode, encode, is_quantised, torchao_optim
+from floatline.techniques.low_bit_state import decode, encode, is_quantised, state_classes, torchao_optim
 from floatline.techniques.wrapped_optimizer import load_in_place, saved_state_of, share
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
@@ -34,6 +34,8 @@ class LowBitAdam(torch.optim.Optimizer):
     block_size: int
 
     def prepare(self, *, eager: bool) -> None:
+        """Say how to step; called once, after torchao's own constructor."""
+        state_classes()  # makes torchao's tables, which must not happen while tensors are fake
         self.eager = eager
         self._tables: dict[tuple[Any, ...], torch.Tensor] = {}
 

@@ -8,6 +8,7 @@ which `decode` makes whole again bit for bit, and `plain_state` turns into fp32 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from floatline.errors import ConfigError
@@ -31,13 +32,19 @@ def torchao_optim() -> Any:
     return torchao.optim
 
 
+@cache
 def state_classes() -> dict[str, Any]:
     """Return torchao's classes of quantised state by kind."""
     torchao_optim()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
     from torchao.optim.subclass_fp8 import OptimStateFp8
 
+    with unset_fake_temporarily():  # torchao computes its tables once, by reading tensors: not possible on fake ones
+        for cls in (OptimState8bit, OptimState4bit):
+            for signed in (True, False):
+                cls.zeros((2,), signed, 2, "cpu")
     return {"8": OptimState8bit, "4": OptimState4bit, "fp8": OptimStateFp8}
 
 

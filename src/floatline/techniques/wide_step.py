@@ -179,8 +179,10 @@ class WideStep(WrappedOptimizer):
                 exact = {k: v.to(parameter.device, torch.float32, copy=True) for k, v in saved.items() if _is_moment(v)}
                 exact.pop(COMPENSATION, None)
                 self.state[parameter].update(exact if is_narrow(parameter) else {})
+        devices = {str(parameter.device) for group in self.param_groups for parameter in group["params"]}
         for key, randomness in state_dict.get(RANDOMNESS, {}).items():
-            self._generator(torch.device(key)).set_state(randomness.cpu())
+            if key in devices:  # a run that goes on on another device draws from its seed anew
+                self._generator(torch.device(key)).set_state(randomness.cpu())
 
     def finish(self) -> None:
         """Leave the inner optimizer with a state that is all its own."""
