@@ -8,11 +8,15 @@ was replaced is found again by its name, what is frozen now is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from floatline.errors import ConfigError
+from floatline.techniques.low_bit_adam import LowBitAdam
+from floatline.techniques.low_bit_state import plain_state
+from floatline.techniques.wrapped_optimizer import innermost
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -47,6 +51,11 @@ def make_optimizer(
             hint="pass optimizer=lambda params: torch.optim.AdamW(params, ...) instead of an optimizer",
         )
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, whichever techniques it was saved with; low-bit state becomes fp32 for a plain optimizer."""
+    optimizer.load_state_dict(state if isinstance(innermost(optimizer), LowBitAdam) else plain_state(state))
 
 
 def rebind(optimizer: torch.optim.Optimizer, before: dict[int, str], model: nn.Module) -> None:

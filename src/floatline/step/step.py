@@ -32,7 +32,7 @@ from floatline.precision import (
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
 from floatline.step.guard import Guard, Sentinel
-from floatline.step.optimizers import OptimizerFactory, make_optimizer, names_of, rebind
+from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.techniques import Stack, Technique
 from floatline.techniques.undisturbed import undisturbed
 
@@ -152,7 +152,11 @@ class TrainStep:
         self._exact: dict[str, torch.Tensor] = {}
         self.stack.apply(model, hardware, self._apply_precision)
         self.ranks = self.stack.ranks
-        self._prepare_optimizer(optimizer, names)
+        try:
+            self._prepare_optimizer(optimizer, names)
+        except BaseException:  # an optimizer that a technique cannot convert
+            self.stack.undo()
+            raise
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         if getattr(self.schedule, "optimizer", self.optimizer) is not self.optimizer:
             self.schedule.optimizer = self.optimizer  # type: ignore[union-attr]  # it was made for the one replaced
@@ -215,7 +219,8 @@ class TrainStep:
         grad_norm = self._in_backward.gradient_norm() if self._in_backward else total_norm(parameters)
         finite = self.sentinel.judge(loss, grad_norm)
         self._clip_gradients(parameters, grad_norm)
-        self.sentinel.make_update(self.optimizer, finite)
+        if not self._in_backward:  # else it was made there, and asking for the verdict would wait for the device
+            self.sentinel.make_update(self.optimizer, finite)
         self.masters.push_weights()
         self.scaling.update(loss)
         self._step_schedule()
@@ -282,8 +287,9 @@ class TrainStep:
         if self.schedule is None:
             return
         with warnings.catch_warnings() if self.updates == 0 else nullcontext():
-            if self.updates == 0:  # torch takes a first update that was skipped for a wrong order of calls
+            if self.updates == 0:  # torch takes a skipped first update, or a replaced optimizer, for a wrong order
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                warnings.filterwarnings("ignore", message=r"Seems like `optimizer.step\(\)` has been overridden")
             self.schedule.step()
 
     def _clip_gradients(self, parameters: list[torch.Tensor], grad_norm: torch.Tensor) -> None:
@@ -311,7 +317,7 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, after the model's weights were loaded."""
         self.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaling.load_state_dict(state["scaling"])
         self.masters.load_state(state["masters"])
         self.sentinel.load_state_dict(state["guard"])
