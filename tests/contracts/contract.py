@@ -91,7 +91,7 @@ SPECS = {
         Spec("optimizer_offload"),
         Spec("kahan", tolerance=ROUNDING, approximate_state=True),
         Spec("stochastic_rounding", tolerance=ROUNDING, approximate_state=True),
-        Spec("optimizer_in_backward", clip=None, lists=False),
+        Spec("optimizer_in_backward", clip=None, lists=False, precisions=("32-true", "bf16-mixed")),
         Spec("freezing", per_model={m: f"freezing(modules={p})" for m, p in _FROZEN.items()}, defines=True),
         Spec("lora", per_model={m: f"lora(rank=2, targets={p})" for m, p in _TARGETS.items()}, defines=True),
         Spec("chunked_loss(chunk_tokens=8)", models=LANGUAGE, tolerance=ROUNDING),

@@ -52,6 +52,11 @@ class OptimizerInBackward(Technique):
         "it frees and shards gradients itself",
     }
 
+    def conflict_with(self, other: Technique) -> str | None:
+        if other.name in ("batching", "packing") and getattr(other, "max_tokens", None) is not None:
+            return f"{other.name} with max_tokens makes several micro-batches of a batch; drop max_tokens"
+        return super().conflict_with(other)
+
     def refuses(self, policy: Policy, max_grad_norm: float | None) -> str | None:
         if policy.base.loss_scaling:
             return (
