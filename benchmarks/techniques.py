@@ -156,7 +156,9 @@ def ours(name: str, work: Work, techniques: list[str], device: torch.device) -> 
         work.build().to(device), adamw, precision=precision, loss=loss, max_grad_norm=clip, techniques=techniques
     )
     batch = move(work.batch(), device)
-    return Contestant(name, lambda: step(batch), lambda: tensors_of(step.model, step.optimizer), step.optimizer, recording)
+    return Contestant(
+        name, lambda: step(batch), lambda: tensors_of(step.model, step.optimizer), step.optimizer, recording
+    )
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
