@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_table, report
 
+from common import print_table, report
 from floatline.techniques import padding_report
 from floatline.techniques.buckets import bucketed_updates, cut_by_tokens
 
@@ -44,13 +44,21 @@ def by_budget(lengths: list[int], batch_size: int, window: int, max_tokens: int)
         for update in updates(lengths, batch_size, window)
         for part in cut_by_tokens(sorted(update, key=lengths.__getitem__), lengths, max_tokens)
     ]
-    before = [  # by index: an order that knows nothing of lengths
-        part
-        for update in updates(lengths, batch_size, 1)
-        for part in cut_by_tokens(sorted(update), lengths, max_tokens)
-    ]
+    before = [part for update in updates(lengths, batch_size, 1) for part in greedy(update, lengths, max_tokens)]
     found = padding_report(lengths, cut, baseline=before)
     return {"what": f"updates of {batch_size}, window {window}, {max_tokens} tokens a micro-batch", **numbers(found)}
+
+
+def greedy(update: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Cut an update in the order of its samples' indices, which knows nothing of lengths, whenever the budget is full."""
+    parts: list[list[int]] = [[]]
+    for index in sorted(update):
+        grown = [*parts[-1], index]
+        if parts[-1] and len(grown) * max(lengths[i] for i in grown) > max_tokens:
+            parts.append([index])
+        else:
+            parts[-1] = grown
+    return parts
 
 
 def numbers(found: Any) -> dict[str, float]:

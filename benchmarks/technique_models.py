@@ -1,4 +1,4 @@
-"""The models of benchmarks/techniques.py: those of the contract test (tests/zoo.py), large enough to weigh something."""
+"""The models of benchmarks/techniques.py: those of the contract test (tests/zoo.py), made large enough to weigh."""
 
 from __future__ import annotations
 

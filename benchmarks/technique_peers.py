@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from technique_models import Work
 from torch import nn
 
 import floatline as fl
 from floatline.step import default_loss, move
+from technique_models import Work
 
 
 def transformers_checkpointing(name: str, work: Work, device: torch.device) -> Any:
@@ -47,6 +47,7 @@ def save_on_cpu(name: str, work: Work, device: torch.device) -> Any:
 def accelerate_accumulation(name: str, work: Work, device: torch.device) -> Any:
     """accelerate's accumulation over 4 micro-batches: `accumulate`, `backward`, `clip_grad_norm_`."""
     from accelerate import Accelerator
+
     from techniques import Contestant, adamw, tensors_of
 
     accelerator = Accelerator(gradient_accumulation_steps=4, cpu=device.type == "cpu")
@@ -70,6 +71,7 @@ def accelerate_accumulation(name: str, work: Work, device: torch.device) -> Any:
 def fabric_accumulation(name: str, work: Work, device: torch.device) -> Any:
     """Lightning Fabric's accumulation over 4 micro-batches, as its guide writes the loop."""
     from lightning.fabric import Fabric
+
     from techniques import Contestant, adamw, tensors_of
 
     fabric = Fabric(accelerator=device.type, devices=1)

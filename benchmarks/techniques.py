@@ -28,14 +28,14 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
-import technique_peers as peers
 import torch
-from common import print_table, progress, quantile, report
-from technique_models import WORKS, Work
 
 import floatline as fl
+import technique_peers as peers
+from common import print_table, progress, quantile, report
 from floatline.observe.allocations import Allocations, record_allocations
 from floatline.step import default_loss, move
+from technique_models import WORKS, Work
 
 PACKAGES = ("floatline", "torch", "transformers", "torchao", "torch-optimi", "peft", "accelerate", "lightning")
 
