@@ -50,7 +50,7 @@ def by_budget(lengths: list[int], batch_size: int, window: int, max_tokens: int)
 
 
 def greedy(update: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Cut an update in the order of its samples' indices, which knows nothing of lengths, whenever the budget is full."""
+    """Cut an update in the order of its samples' indices, which knows nothing of lengths, when the budget is full."""
     parts: list[list[int]] = [[]]
     for index in sorted(update):
         grown = [*parts[-1], index]
