@@ -1,7 +1,7 @@
 """How to compute logits that were put off: the head's input, and what was done to the logits since.
 
 Row i of the logits depends on row i of the hidden states only. So views, flattening and indexing of the leading
-dimensions are applied to the hidden states at once, while casts and arithmetic with scalars are recorded and repeated on
+dimensions are applied to the hidden states at once; casts and arithmetic with scalars are recorded and repeated on
 the logits of each chunk.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous"}
-SCALAR_MATHS = {"mul", "multiply", "div", "divide", "true_divide", "add", "sub", "subtract", "rsub", "neg", "tanh", "clone",
+SCALAR_MATHS = {"mul", "multiply", "div", "divide", "true_divide", "add", "sub", "subtract", "rsub", "neg", "tanh",
                 "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__div__", "__rdiv__", "__add__", "__radd__",
-                "__sub__", "__rsub__", "__neg__"}  # fmt: skip
+                "__sub__", "__rsub__", "__neg__", "clone"}  # fmt: skip
 
 
 class Rows:
