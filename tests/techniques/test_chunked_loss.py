@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -410,3 +411,51 @@ def test_targets_that_do_not_fit_get_torch_s_error():
     ChunkedLoss().apply(model)
     with pytest.warns(FloatlineWarning), pytest.raises(ValueError, match=r"Expected input batch_size \(27\)"):
         model(*scaled_batch())
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone: FSDP shards and gathers as on many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("head_alone", [False, True])
+def test_under_fsdp(zoo, one_process, head_alone):
+    """FSDP hooks the outputs, logits among them, and shards a head of its own again before the chunks are computed."""
+    from torch.distributed.fsdp import fully_shard
+
+    case = zoo["gpt2"]
+
+    def losses(chunked):
+        model = case.build()
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # FSDP splits no tied weight
+        if chunked:
+            ChunkedLoss(chunk_tokens=7).apply(model)
+        parts = [*model.transformer.h, *([model.lm_head] if head_alone else [])]
+        for part in parts:
+            fully_shard(part, mesh=one_process)
+        fully_shard(model, mesh=one_process)
+        optimizer, found = sgd(model.parameters()), []
+        for seed in range(3):
+            loss = model(**case.batch(seed)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-6)
+
+
+def test_traces_on_fake_tensors(zoo):
+    """Plans run the step on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = zoo["tied"].build()
+        applied = ChunkedLoss(chunk_tokens=8).apply(model)
+        loss = model(torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12, dtype=torch.long))["loss"]
+        loss.backward()
+    assert loss.shape == () and model.head.weight.grad.shape == (96, 16) and applied.facts()["chunks"] == 6

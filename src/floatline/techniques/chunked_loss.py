@@ -93,11 +93,19 @@ def _deferring(ledger: Ledger) -> Callable[[Callable[..., Any]], Callable[..., A
         def deferring_forward(self: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
                 return forward(self, hidden, *args, **kwargs)
-            return defer(self, lambda rows: forward(self, rows, *args, **kwargs), hidden, ledger)
+            return defer(self, lambda rows: forward(_gathered(self), rows, *args, **kwargs), hidden, ledger)
 
         return deferring_forward
 
     return wrap
+
+
+def _gathered(head: nn.Module) -> nn.Module:
+    """Return the head with its weights whole: FSDP shards a head of its own again after its call, chunks come later."""
+    unshard: Any = getattr(head, "unshard", None)
+    if unshard is not None:
+        unshard()
+    return head
 
 
 def _warner() -> Callable[[str, torch.Size], None]:
