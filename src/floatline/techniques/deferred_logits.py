@@ -36,7 +36,8 @@ from floatline.techniques.logits_recipe import CASTS, SCALAR_MATHS, Ledger, Reci
 _ASKED = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "is_contiguous",
           "stride", "get_device", "element_size", "is_signed", "requires_grad_", "__len__", "__hash__"}  # fmt: skip
 _PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "ndim", "is_cuda", "is_cpu", "is_meta",
-               "is_sparse", "is_quantized", "grad_fn", "is_nested", "itemsize", "nbytes", "_base", "_version", "output_nr")  # fmt: skip
+               "is_sparse", "is_quantized", "is_nested", "grad_fn", "itemsize", "nbytes", "output_nr",
+               "_base", "_version")  # fmt: skip
 _METADATA = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__",
              "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}  # fmt: skip

@@ -24,7 +24,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -32,12 +31,10 @@ from torch import nn
 
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware
-from floatline.select import near_names, select_modules
 from floatline.techniques.adapters import ADAPTER, accept_plain_weights, adapted_layers
 from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.freezing import select_parameters
-from floatline.techniques.heads import find_head
-from floatline.techniques.layers import repeated_layers
+from floatline.techniques.lora_targets import is_transposed_linear, matched_layers, usual_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +117,11 @@ class Lora(Technique):
     def _find_targets(self, model: nn.Module, frozen: set[int]) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
         notes = []
         if self.targets:
-            found = {name: module for pattern in self.targets for name, module in _matched(model, pattern).items()}
+            found = {
+                name: module for pattern in self.targets for name, module in matched_layers(model, pattern).items()
+            }
         else:
-            found, note = _usual_targets(model)
+            found, note = usual_targets(model)
             notes.append(note)
         free = {name: module for name, module in found.items() if not any(id(p) in frozen for p in module.parameters())}
         if found and not free:
@@ -167,60 +166,6 @@ def _frozen_by_technique(model: nn.Module) -> set[int]:
     return {id(parameter) for parameter in freezing.names(model).values()} if freezing else set()
 
 
-def _is_adaptable(module: nn.Module) -> bool:
-    kinds = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d
-    return isinstance(module, kinds) or _is_transposed_linear(module)
-
-
-def _is_transposed_linear(module: nn.Module) -> bool:
-    """Say whether a module is the `Conv1D` of transformers' GPT-2: a Linear with its weight transposed."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
-
-
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that can be adapted: those inside `nn.MultiheadAttention` are never called."""
-    never = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    return {n: m for n, m in model.named_modules() if n and _is_adaptable(m) and not n.startswith(never)}
-
-
-def _matched(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    matched = select_modules(model, pattern if "." in pattern else f"**.{pattern}")
-    adaptable = _adaptable(model)
-    found = {name: module for name, module in matched.items() if name in adaptable}
-    if found:
-        return found
-    bare = {name: name.rpartition(".")[2] for name in adaptable}
-    close = get_close_matches(pattern, set(bare.values()), n=2, cutoff=0.6)
-    near = [next(name for name, last in bare.items() if last == word) for word in close] or near_names(model, pattern)
-    if matched:
-        inside = [name for name in adaptable if name.startswith(tuple(f"{other}." for other in matched))]
-        near = inside[:3] or near
-        kind = ", ".join(sorted({type(module).__name__ for module in matched.values()}))
-        raise ConfigError(
-            f"lora.targets: {pattern!r} names no layer that can be adapted (Linear, Embedding, Conv), but {kind}",
-            hint=f"near names: {', '.join(near)}" if near else "name other layers",
-        )
-    raise ConfigError(
-        f"lora.targets: {pattern!r} matches no layer of {type(model).__name__}",
-        hint=f"near names: {', '.join(near)}" if near else "list the names with model.named_modules()",
-    )
-
-
-def _usual_targets(model: nn.Module) -> tuple[dict[str, nn.Module], str]:
-    """Return the projections of attention, else the Linear layers of repeated layers, and the choice in words."""
-    linear = {n: m for n, m in _adaptable(model).items() if isinstance(m, nn.Linear) or _is_transposed_linear(m)}
-    attention = tuple(f"{name}." for name, module in model.named_modules() if "Attention" in type(module).__name__)
-    found = {name: module for name, module in linear.items() if name.startswith(attention)}
-    if found:
-        return found, f"targets: the {len(found)} projections of attention"
-    layers = tuple(f"{name}." for name in repeated_layers(model))
-    head, _ = find_head(model)
-    found = {name: module for name, module in linear.items() if name.startswith(layers) and name != head}
-    if found:
-        return found, f"targets: the {len(found)} Linear layers of its repeated layers, for no attention module has any"
-    return {}, "it has neither projections of attention nor Linear layers in repeated layers: set targets"
-
-
 def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:
     modules_to_save, config.modules_to_save = config.modules_to_save, None  # peft would train copies of them
     with warnings.catch_warnings():
@@ -232,7 +177,7 @@ def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> Non
             f"peft adapted {sorted(layers)[:3]} ... instead of {sorted(targets)[:3]} ...", hint="set lora.targets"
         )
     config.modules_to_save = modules_to_save
-    config.fan_in_fan_out = any(map(_is_transposed_linear, targets.values()))
+    config.fan_in_fan_out = any(map(is_transposed_linear, targets.values()))
     for name, layer in layers.items():
         layer.train(targets[name].training)
         for key, parameter in layer.named_parameters():
