@@ -15,8 +15,9 @@ In evaluation, and where no gradients are recorded, the head is as before, so th
 
 Fused kernels (Liger, torch's `linear_cross_entropy` with options) compute the gradients in the forward. They are not
 offered: those gradients are rounded to the format of the hidden states before the loss scale multiplies them, so fp16
-gradients below 6e-8 are lost that loss scaling would have kept; and they know neither soft caps nor adapters on the
-head. Not covered: losses other than cross-entropy; targets that are ignored are computed like the others. While a
+gradients below 6e-8 are lost that loss scaling would have kept; and they take a weight, not a head with adapters.
+
+Not covered: losses other than cross-entropy; targets that are ignored are computed like the others. While a
 chunk's weight gradient is added to the sum there are two tensors of the weight's size.
 """
 
