@@ -24,6 +24,13 @@ def one_rank_group():
         dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def forgotten_graphs():
+    """torch keeps compiled graphs by code, not by model: those of one test's models count against the next one's limit."""
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def plain(zoo):
     """(model name, defining techniques, precision, clip) -> the plain run's result and its first weights; cached."""
