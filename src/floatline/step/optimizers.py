@@ -8,11 +8,13 @@ was replaced is found again by its name, what is frozen now is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from floatline.errors import ConfigError
+from floatline.techniques.shards import laid_out_like
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -69,5 +71,15 @@ def _successor(
     if id(parameter) in present or replaced is None:
         return parameter
     if parameter in optimizer.state and replaced.shape == parameter.shape:
-        optimizer.state[replaced] = optimizer.state.pop(parameter)
+        optimizer.state[replaced] = _laid_out(optimizer.state.pop(parameter), replaced)
     return replaced
+
+
+def _laid_out(state: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """Return a parameter's state in the layout that the parameter now has: in shards, or whole."""
+    return {
+        key: laid_out_like(value, parameter)
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }
