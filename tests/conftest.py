@@ -1,4 +1,4 @@
-"""A small real data set and model for runs: a few digit scenes and the demo's model class, made once a session."""
+"""What tests share: a small real data set and model for runs (made once a session), and the zoo of tiny models."""
 
 import json
 import sys
@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES / "digits"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(EXAMPLES / "digits"), str(HERE), str(HERE / "contracts")]
+
+import zoo as models  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +56,21 @@ def losses():
         return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in records if r["kind"] == "step"]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """The tiny models by name (zoo.py)."""
+    return {case.name: case for case in models.CASES}
+
+
+@pytest.fixture(params=[case.name for case in models.CASES])
+def case(request, zoo):
+    """Each of the tiny models in turn."""
+    return zoo[request.param]
+
+
+@pytest.fixture(scope="session")
+def kept_bytes():
+    """(model, batch, loss=None, around=nullcontext) -> bytes that the graph keeps after the forward."""
+    return models.kept_bytes

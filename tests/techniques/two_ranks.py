@@ -8,8 +8,10 @@ Every rank writes `rank{N}.pt`: scenario -> what it returned.
 import sys
 from pathlib import Path
 
-import conftest
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import torch
+import zoo  # noqa: E402
 from torch import nn
 
 import floatline as fl
@@ -19,7 +21,7 @@ from floatline.techniques.ranks import join_ranks
 from floatline.techniques.rows import cut_rows
 from floatline.techniques.shards import full_tensor
 
-ZOO = {case.name: case for case in conftest.CASES}
+ZOO = {case.name: case for case in zoo.CASES}
 UPDATES = 3
 
 
@@ -113,7 +115,7 @@ class Poisoned(nn.Module):
 def one_bad_rank(rank, size, precision, factor):
     """On rank 1 the second of three updates is not finite."""
     model = Poisoned(ZOO["mlp"].build())
-    step = fl.TrainStep(model, adamw, precision=precision, loss=conftest.squares, techniques=["sharding"])
+    step = fl.TrainStep(model, adamw, precision=precision, loss=zoo.squares, techniques=["sharding"])
     if precision == "16-mixed":  # a scale at which the good updates do not overflow
         step.scaling.load_state_dict({**step.scaling.state_dict(), "scale": 64.0})
     outputs, weights, scales = [], [], []
@@ -151,7 +153,7 @@ def selecting(rank, size):
     parameter = next(step.model.parameters())
     results = []
     for finite in (False, True):
-        conftest.squares(step.model, batch).backward()
+        zoo.squares(step.model, batch).backward()
         before = full_tensor(parameter.detach()).clone()
         step_by_select(step.optimizer, torch.tensor(finite))
         step.optimizer.zero_grad()

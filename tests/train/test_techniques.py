@@ -47,7 +47,7 @@ def test_bad_techniques_are_explained(value, text):
 def test_precision_as_a_technique_is_the_recipes_precision():
     tree = technique_tree({**BASE, "techniques": {"precision": {"policy": "bf16-mixed"}}})
     assert tree["precision"] == "bf16-mixed" and tree["techniques"] == {}
-    with pytest.raises(ConfigError, match="precision=32-true and techniques.precision.policy=bf16-mixed"):
+    with pytest.raises(ConfigError, match=r"precision=32-true and techniques\.precision\.policy=bf16-mixed"):
         technique_tree({**tree, "precision": "32-true", "techniques": {"precision": {"policy": "bf16-mixed"}}})
 
 

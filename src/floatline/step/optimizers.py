@@ -75,6 +75,15 @@ def _successor(
     return replaced
 
 
+def laid_out_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state dict with its tensors in the layout of the parameters they belong to."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(saved.get("state", ())) > len(parameters) or not all(isinstance(i, int) for i in saved.get("state", ())):
+        return saved  # not in torch's own form
+    state = {index: _laid_out(values, parameters[index]) for index, values in saved["state"].items()}
+    return {**saved, "state": state}
+
+
 def _laid_out(state: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
     """Return a parameter's state in the layout that the parameter now has: in shards, or whole."""
     return {

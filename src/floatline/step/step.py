@@ -31,9 +31,9 @@ from floatline.precision import (
 )
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
-from floatline.step.guard import Guard, Sentinel
 from floatline.step.exchange import share_out
-from floatline.step.optimizers import OptimizerFactory, make_optimizer, names_of, rebind
+from floatline.step.guard import Guard, Sentinel
+from floatline.step.optimizers import OptimizerFactory, laid_out_state, make_optimizer, names_of, rebind
 from floatline.techniques import Stack, Technique
 from floatline.techniques.shards import laid_out_like
 
@@ -183,7 +183,7 @@ class TrainStep:
         self.masters = NoMasterWeights()
         if base.master_weights:
             now = dict(self.model.named_parameters())
-            exact = {
+            exact: dict[torch.Tensor, torch.Tensor] = {
                 now[name]: laid_out_like(value, now[name])
                 for name, value in self._exact.items()
                 if now[name].shape == value.shape
@@ -290,11 +290,15 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, after the model's weights were loaded."""
+        """Load what `state_dict` returned, after the model's weights were loaded.
+
+        Tensors may be whole or in shards, whichever way this step has them.
+        """
         self.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(laid_out_state(state["optimizer"], self.optimizer))
         self.scaling.load_state_dict(state["scaling"])
-        self.masters.load_state(state["masters"])
+        masters = zip(state["masters"], self.masters.state(), strict=True)
+        self.masters.load_state([laid_out_like(saved, master) for saved, master in masters])
         self.sentinel.load_state_dict(state["guard"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])

@@ -137,6 +137,10 @@ class Technique:
         """Return why `other` cannot be combined with this one and what to do; None where it can."""
         return self.conflicts.get(other.name) or other.conflicts.get(self.name)
 
+    def needs(self) -> Mapping[str, str]:
+        """Return the techniques that must be there too, by name, each with the reason."""
+        return {}
+
     def refuses(self, policy: Policy, max_grad_norm: float | None) -> str | None:
         """Return why this cannot run in a step of that precision and clipping, and what to do; None where it can."""
         return None

@@ -44,6 +44,10 @@ class Stack:
                 if one.name == other.name:
                     raise ConfigError(f"{one.name} is given twice: {other} and {one}", hint="keep one of them")
                 refuse_conflict(one, other)
+        for one in self.techniques:
+            for name, reason in one.needs().items():
+                if self.find(name) is None:
+                    raise ConfigError(f"{one} needs {name}: {reason}", hint=f"add the technique {name}")
 
     def find(self, name: str) -> Technique | None:
         """Return the technique of that name, None where there is none."""

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from floatline.train.data.sampler import mix_seed
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed python, numpy and torch (all devices); ranks draw different numbers, for they drop out different neurons."""
+    seed = mix_seed(seed, -1 - rank) if rank else seed
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

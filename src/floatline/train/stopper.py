@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: in the middle of training they wait for a checkpoint, elsewhere they end the run at once.
 
-Either way the run directory says how it ended, and the same command goes on. A second signal does not wait.
+Either way the run directory says how it ended, and the same command goes on. A second signal does not wait. Signals
+reach the ranks of a run at different updates, or only some of them; the loop asks all ranks whether one was asked to
+stop, and all stop at the same update.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ class Stopper:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """While active a signal sets `asked` instead of raising."""
+        """While active a signal sets `asked` instead of raising.
+
+        An error on its way out keeps it active: how the run ended is written down before a signal is obeyed. (When one
+        rank dies, torchrun sends the others a SIGTERM just as they notice.)
+        """
         self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
+        yield
+        self._deferring = False
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._deferring and not self.asked:

@@ -1,0 +1,187 @@
+"""Checkpointing: what is saved, what is recomputed, and that nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import floatline as fl
+from floatline.errors import ConfigError, FloatlineWarning
+from floatline.techniques import Checkpointing
+from floatline.techniques.layers import repeated_layers
+
+
+class Deep(nn.Module):
+    def __init__(self, depth=6, width=32, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=dropout, batch_first=True) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+X = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_less_is_kept_the_more_is_recomputed(kept_bytes):
+    def kept(*techniques):
+        model = Deep()
+        for technique in techniques:
+            technique.apply(model)
+        return kept_bytes(model, (X,))
+
+    plain, every, second = kept(), kept(Checkpointing()), kept(Checkpointing(every=2))
+    matmul, attention = kept(Checkpointing(keep=["matmul"])), kept(Checkpointing(keep=["attention"]))
+    assert every < 0.15 * plain
+    assert every < attention < matmul < plain
+    assert every < second < plain
+
+
+def run(model, techniques, batches, precision="32-true", loss=None):
+    step = fl.TrainStep(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), precision=precision, loss=loss, techniques=techniques
+    )
+    outputs = [step(batch) for batch in batches]
+    return [out.loss for out in outputs], [out.grad_norm for out in outputs]
+
+
+def identical(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "technique", ["checkpointing", "checkpointing(every=2)", "checkpointing(keep=['matmul', 'attention'])"]
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_bit_identical_on_every_model(case, technique, precision):
+    plain, model = case.build(), case.build()
+    batches = [case.batch(seed) for seed in range(3)]
+    assert run(model, [technique], batches, precision, case.loss) == run(plain, [], batches, precision, case.loss)
+    assert identical(model, plain)  # batch norm's statistics included
+
+
+def test_dropout_draws_the_same_numbers_again():
+    results = []
+    for techniques in ([], [Checkpointing()]):
+        model = Deep(dropout=0.3)
+        torch.manual_seed(7)
+        results.append(run(model, techniques, [(X,)] * 3))
+    assert results[0] == results[1]
+
+
+def test_layers_of_hugging_face_models_are_their_own(zoo):
+    names = list(repeated_layers(zoo["qwen3_vl"].build()))
+    assert names == ["model.visual.blocks.0", "model.visual.blocks.1", "model.language_model.layers.0",
+                     "model.language_model.layers.1"]  # fmt: skip
+    applied = Checkpointing(every=2).apply(zoo["qwen3_vl"].build())
+    assert applied.touched == ("model.visual.blocks.0", "model.language_model.layers.0")
+
+
+def test_a_cache_is_not_filled_twice(zoo):
+    """GPT-2 makes a cache in training unless told not to; recomputed layers must not append to it again."""
+    case = zoo["gpt2"]
+    model = case.build()
+    assert model.config.use_cache
+    Checkpointing().apply(model)
+    output = model(**case.batch(0))
+    output.loss.backward()
+    assert output.past_key_values is None or output.past_key_values.get_seq_length() == 0
+
+
+def test_evaluation_and_generation_are_left_alone(zoo):
+    case = zoo["gpt2"]
+    plain, model = case.build().eval(), case.build().eval()
+    Checkpointing().apply(model)
+    prompt = case.batch(0)["input_ids"][:, :4]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompt, **options), plain.generate(prompt, **options))
+
+
+def test_undo_restores_the_model(case):
+    model = case.build()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    applied = Checkpointing().apply(model)
+    assert applied.touched and model.__dict__ != before[""]
+    applied.undo()
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    applied.undo()  # once more does nothing
+
+
+def test_a_copy_recomputes_its_own_weights():
+    model = Deep(depth=2)
+    Checkpointing().apply(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    other(X).backward()
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in other.parameters())
+    plain = Deep(depth=2)
+    plain.load_state_dict(other.state_dict())
+    plain(X).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+class Mutates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + self.fc(F.relu(x, inplace=True))
+
+
+def test_a_layer_that_changes_its_input_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.blocks = nn.Linear(32, 32), nn.ModuleList([Mutates(), Mutates()])
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            return x.mean()
+
+    model = Net()
+    step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), techniques=["checkpointing"])
+    with pytest.raises(
+        ConfigError, match=r"checkpointing blocks.0: its forward changes an input of shape \(4, 16, 32\)"
+    ) as e:
+        step((X,))
+    assert "leave it out with checkpointing.layers" in e.value.hint
+
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match=r"'blocs.\*' matches no module of Deep\nhint: near names: blocks."):
+        Checkpointing(layers=["blocs.*"]).apply(Deep())
+    with pytest.raises(ConfigError, match=r"checkpointing.every is 0\nhint: give 1 or more"):
+        Checkpointing(every=0)
+    with pytest.raises(
+        ConfigError, match=r"checkpointing.keep is \('mm',\)\nhint: allowed: a list of matmul, attention"
+    ):
+        Checkpointing(keep="mm")
+    with pytest.raises(ConfigError, match="drop layers, every and keep"):
+        Checkpointing(budget=0.5, every=2)
+    with pytest.raises(ConfigError, match=r"needs compile: the budget is kept by the compiler's partitioner"):
+        fl.TrainStep(Deep(), torch.optim.AdamW, techniques=[Checkpointing(budget=0.5)])
+    with pytest.warns(FloatlineWarning, match="checkpointing touched nothing: nothing in Linear is of the kind"):
+        Checkpointing().apply(nn.Linear(2, 2))
+    model = Deep()
+    Checkpointing().apply(model)
+    with pytest.raises(ConfigError, match="checkpointing is already applied to this Deep"):
+        Checkpointing(every=2).apply(model)
+
+
+def test_transformers_own_checkpointing_excludes_ours(zoo):
+    model = zoo["gpt2"].build()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match=r"transformers' own is on in transformer.*gradient_checkpointing_disable"):
+        Checkpointing().apply(model)
