@@ -40,3 +40,9 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def restore_rank(states: list[dict[str, Any]], rank: int) -> None:
+    """Set the random state that this rank had when the ranks' states were saved; a new rank keeps what it has."""
+    if rank < len(states):
+        restore(states[rank])
