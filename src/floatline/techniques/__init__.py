@@ -5,6 +5,7 @@
     step = fl.TrainStep(model, optimizer, techniques=[fl.techniques.Checkpointing(every=2), "offload"])
 
 `registry.py` knows them by name, `stack.py` puts several on one model, `layers.py` finds a model's repeated layers.
+`TokenBudgetSampler` and `padding_report` are for the data's side of batching.
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ from floatline.techniques.registry import HOMES, make_technique, technique_class
 from floatline.techniques.stack import Stack
 
 _CLASSES = {home.split(".")[1]: home.split(".")[0] for home in HOMES.values()}
+_CLASSES |= {"TokenBudgetSampler": "sampler", "PaddingReport": "padding", "padding_report": "padding"}
 
 __all__ = [
     "HOMES",

@@ -49,6 +49,7 @@ class Stage(IntEnum):
     SAVE = 8
     OPTIMIZER = 9
     BATCH = 10
+    LAYOUT = 11  # how the rows of a micro-batch lie, once a batch was cut
 
 
 def no_undo() -> None:

@@ -4,6 +4,7 @@ from floatline.train.data.checks import CheckResult, check_samples, load_samples
 from floatline.train.data.collate import Collator, TokenCounts, token_counts
 from floatline.train.data.dataset import SampleDataset
 from floatline.train.data.encode import EncodedPrompt, SampleEncoder
+from floatline.train.data.lengths import token_lengths
 from floatline.train.data.loader import make_loader
 from floatline.train.data.micro import MicroBatches
 from floatline.train.data.parse import Message
@@ -27,4 +28,5 @@ __all__ = [
     "make_loader",
     "read_samples",
     "token_counts",
+    "token_lengths",
 ]

@@ -58,13 +58,14 @@ class Collator:
             DataError: Image tensors that do not fit together.
         """
         keys = dict.fromkeys(key for sample in samples for key in sample)
-        length = self._padded_length(max(len(sample["input_ids"]) for sample in samples))
+        length = self.padded_length(max(len(sample["input_ids"]) for sample in samples))
         return {
             key: self._pad(key, samples, length) if _token_aligned(key, samples) else _join(key, samples)
             for key in keys
         }
 
-    def _padded_length(self, longest: int) -> int:
+    def padded_length(self, longest: int) -> int:
+        """Return the width of a batch whose longest sample has so many tokens."""
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
 

@@ -116,6 +116,14 @@ class SampleEncoder:
         question = next(message.text for message in reversed(sample.messages) if message.role == "user")
         return EncodedPrompt(inputs, sample.messages[-1].text, question)
 
+    def texts(self, sample: Sample) -> list[list[int]]:
+        """Return the token ids of a sample's texts piece by piece, with each image as its one placeholder.
+
+        Raises:
+            DataError, ModelError: As `encode`, images apart.
+        """
+        return [self.tokenizer(piece.text, add_special_tokens=False)["input_ids"] for piece in self._pieces(sample)]
+
     def check(self, sample: Sample) -> None:
         """Raise what `encode` would raise for the texts; images are looked at only if there is a `max_length`."""
         if self.max_length is not None:

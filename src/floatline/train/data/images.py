@@ -58,6 +58,25 @@ def open_image(path: Path, *, max_pixels: int | None = None) -> Image:
         raise BadImage(f"image {path} cannot be read: {reason}", "replace the file or leave the sample out") from None
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) in pixels of an image as `open_image` gives it, read from its header alone.
+
+    Raises:
+        BadImage: No such file, or not an image.
+        ConfigError: Pillow is not installed.
+    """
+    try:
+        from PIL import ExifTags, Image
+    except ImportError:
+        raise ConfigError("images need Pillow, which is not installed", hint='pip install "floatline[train]"') from None
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # as in open_image
+        raise BadImage(f"image {path} cannot be read: {error}", "replace the file or leave the sample out") from None
+
+
 def _check_size(image: Image, path: Path, max_pixels: int | None) -> None:
     pixels = image.width * image.height
     if max_pixels is not None and pixels > max_pixels:

@@ -1,4 +1,4 @@
-"""Batches in a resumable order: torchdata's StatefulDataLoader over an EpochSampler.
+"""Batches in a resumable order: torchdata's StatefulDataLoader over an EpochSampler, shared out to the ranks.
 
     for epoch in range(epoch, epochs):
         for batch in loader:            # one epoch; after a resume the rest of it
@@ -10,9 +10,12 @@ ahead. Saved after the last batch of an epoch and before its loop has ended, the
 next loop starts the next one; saved after its loop has ended, the first loop starts the next epoch.
 
 torchdata restores its own state only with the same number of workers. Here the position alone is taken out of it and
-given to the sampler, so a run may resume with more workers, or none.
+given to the sampler, so a run may resume with more workers, or none, and on more ranks or fewer.
 
-Not covered: several ranks; random augmentation (workers are not reseeded to where they were). An epoch ends by
+With several ranks each has a loader of its own over the same order. It loads its share of every update and never touches
+the others' samples; all ranks have equally many micro-batches, for they wait for each other in each.
+
+Not covered: random augmentation (workers are not reseeded to where they were). An epoch ends by
 exhausting the loader: one that is left by `break` is begun again without workers, but with workers may be skipped, for
 they have read ahead.
 """
@@ -21,15 +24,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Dataset
 
 from floatline.errors import ConfigError, DataError
+from floatline.techniques.batching import Batching
+from floatline.techniques.buckets import STREAM_HINT, check_budget, checked_lengths
+from floatline.techniques.sampler import check_ranks
 from floatline.train.data.dataset import SampleDataset
-from floatline.train.data.sampler import EpochSampler, mix_seed
+from floatline.train.data.micro import MicroBatches
+from floatline.train.data.sampler import EpochSampler, UpdateSampler, mix_seed
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -45,48 +53,122 @@ def make_loader(
     num_workers: int = 0,
     drop_last: bool = True,
     pin_memory: bool = False,
+    bucketing: Batching | None = None,
+    lengths: Sequence[int] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> StatefulDataLoader:
     """Return a resumable loader of `dataset`.
 
     Args:
         dataset: What to load; any map-style data set will do.
-        batch_size: Samples a batch.
-        collate: Makes a batch of a list of samples.
+        batch_size: Samples a batch, over all ranks.
+        collate: Makes a batch of a list of samples; with `bucketing.max_tokens`, of the samples of one micro-batch.
         shuffle: A new order each epoch.
         seed: Of the orders.
         num_workers: Processes that prepare batches; 0 prepares them in this one.
         drop_last: Leave out the tail of an epoch that fills no batch.
         pin_memory: Copy batches to pinned memory, for CUDA.
+        bucketing: Its `window` batches' samples are sorted together by length; with its `max_tokens`, each batch is cut
+            into micro-batches of at most so many padded tokens.
+        lengths: Tokens of each sample, which bucketing needs (lengths.py).
+        rank: This process's number, from 0.
+        ranks: Number of processes; each gets its share of every batch.
 
     Returns:
-        A StatefulDataLoader. It draws nothing from torch's global random numbers.
+        A StatefulDataLoader. It draws nothing from torch's global random numbers. It yields what `collate` makes of this
+        rank's share of a batch; with `max_tokens` and more than one micro-batch, a list of that.
 
     Raises:
-        DataError: No samples, or with `drop_last` fewer than one batch.
-        ConfigError: A number out of range, or torchdata is not installed.
+        DataError: No samples, or with `drop_last` fewer than one batch; bucketing without lengths; a sample longer than
+            `max_tokens`.
+        ConfigError: A number out of range, a batch that cannot be shared out evenly, or torchdata is not installed.
     """
     if batch_size < 1 or num_workers < 0:
         raise ConfigError(f"batch_size={batch_size}, num_workers={num_workers}", hint="allowed: from 1, from 0")
-    _check_size(len(dataset), batch_size, drop_last)
+    size = _size_of(dataset, bucketing)
+    _check_size(size, batch_size, drop_last)
+    _check_shares(batch_size, rank, ranks, drop_last)
+    max_tokens = bucketing.max_tokens if bucketing else None
+    known = _lengths(lengths, size, max_tokens) if bucketing else None
+    if max_tokens is not None and isinstance(collate, MicroBatches):
+        raise ConfigError(
+            f"batches are cut twice: by {bucketing} and by MicroBatches", hint="pass the collator that MicroBatches wraps"
+        )
     if num_workers:
         # The tokenizers library warns at each fork unless told so; a worker encodes one sample at a time anyway.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sampler = EpochSampler(len(dataset), shuffle=shuffle, seed=seed, batch_size=batch_size, drop_last=drop_last)
+    order = EpochSampler(
+        size,
+        shuffle=shuffle,
+        seed=seed,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        lengths=known,
+        window=bucketing.window if bucketing else 1,
+    )
     loader_class = _loader_class()
     with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 deprecates
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         loader: StatefulDataLoader = loader_class(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
+            dataset if max_tokens is None else _Groups(dataset),
+            batch_sampler=UpdateSampler(order, max_tokens=max_tokens, rank=rank, ranks=ranks),
             num_workers=num_workers,
-            collate_fn=collate,
-            drop_last=drop_last,
+            collate_fn=collate if max_tokens is None else _CollateGroups(collate),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,  # they keep their caches from epoch to epoch
             generator=torch.Generator().manual_seed(mix_seed(seed, -1)),  # else the global generator would move
         )
     return loader
+
+
+def _size_of(dataset: Any, bucketing: Batching | None) -> int:
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        return len(dataset)
+    what = f"{type(dataset).__name__} is a stream without lengths"
+    if bucketing:
+        raise DataError(f"{bucketing} needs the length of every sample, but {what}", hint=STREAM_HINT)
+    raise DataError(f"{what}, so its position cannot be saved", hint="give a data set with __len__ and __getitem__")
+
+
+def _lengths(lengths: Sequence[int] | None, size: int, max_tokens: int | None) -> list[int]:
+    known = checked_lengths(lengths, size=size)
+    if max_tokens is not None:
+        check_budget(known, max_tokens, setting="batching.max_tokens")
+    return known
+
+
+def _check_shares(batch_size: int, rank: int, ranks: int, drop_last: bool) -> None:
+    check_ranks(rank, ranks)
+    if batch_size % ranks:
+        raise ConfigError(
+            f"a batch of {batch_size} samples cannot be shared out evenly to {ranks} ranks",
+            hint=f"set train.batch_size={-(-batch_size // ranks) * ranks}, or train on another number of processes",
+        )
+    if ranks > 1 and not drop_last:
+        raise ConfigError(
+            "the last batch of an epoch may be too small for all ranks", hint="several ranks need drop_last=True"
+        )
+
+
+class _Groups(Dataset[list[Any]]):
+    """A data set whose items are micro-batches: lists of samples, asked for by a tuple of indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, group: tuple[int, ...]) -> list[Any]:
+        return [self.dataset[index] for index in group]
+
+
+class _CollateGroups:
+    """Collates each micro-batch; a single one is the batch itself. A class, so that workers may be spawned."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, groups: list[list[Any]]) -> Any:
+        return self.collate(groups[0]) if len(groups) == 1 else [self.collate(group) for group in groups]
 
 
 def _check_size(size: int, batch_size: int, drop_last: bool) -> None:
@@ -119,11 +201,12 @@ def _loader_class() -> type:
             position = _find(state_dict, "position")
             if position is None:
                 raise DataError("the saved data position is not one of this loader", hint="start a new run directory")
-            self.sampler.check_state(position)
+            order: EpochSampler = self.batch_sampler.samples
+            order.check_state(position)
             if state_dict["_iterator_finished"]:
-                self.sampler.start_at(position["epoch"] + 1)
+                order.start_at(position["epoch"] + 1)
             else:
-                self.sampler.start_at(position["epoch"], position["drawn"])
+                order.start_at(position["epoch"], position["drawn"])
 
     return ResumableLoader
 
@@ -138,7 +221,7 @@ def _relay(batches: Iterator[Any]) -> Iterator[Any]:
         raise DataError(message, hint=hint or error.hint) from None
 
 
-def _find(tree: Any, key: str) -> dict[str, int] | None:
+def _find(tree: Any, key: str) -> dict[str, Any] | None:
     """The value of `key` anywhere in nested dicts: it lies at different depths with and without workers."""
     if not isinstance(tree, dict):
         return None

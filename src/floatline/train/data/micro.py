@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from floatline.errors import ConfigError
+from floatline.techniques.buckets import check_budget, cut_by_tokens
 from floatline.train.data.collate import Collator, Encoded
 
 
@@ -16,17 +18,40 @@ class MicroBatches:
 
     Args:
         collate: Makes one batch of samples.
-        size: Samples per micro-batch.
+        size: Samples per micro-batch; None where `max_tokens` says how many.
+        max_tokens: Most padded tokens (rows times width, as `collate` pads) per micro-batch. For one rank: several must
+            agree on the number of micro-batches, so `make_loader(bucketing=...)` cuts by known lengths instead.
 
     Returns a batch where one micro-batch holds all samples, else a list of batches, as `TrainStep` takes them. Samples
     of like length are put together, which saves padding and changes nothing else: micro-batches weigh by their targets.
+
+    Raises:
+        ConfigError: Neither or both limits are given.
+        DataError: When called: a sample longer than `max_tokens`.
     """
 
     collate: Collator
-    size: int
+    size: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.max_tokens is None):
+            raise ConfigError(
+                f"micro-batches of size={self.size} and max_tokens={self.max_tokens}", hint="give one of the two"
+            )
 
     def __call__(self, samples: Sequence[Encoded]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        if len(samples) <= self.size:
-            return self.collate(samples)
+        groups = self._by_size(samples) if self.size is not None else self._by_tokens(samples)
+        return self.collate(groups[0]) if len(groups) == 1 else [self.collate(group) for group in groups]
+
+    def _by_size(self, samples: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+        size = self.size or 1
+        if len(samples) <= size:
+            return [samples]
         ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-        return [self.collate(ordered[start : start + self.size]) for start in range(0, len(ordered), self.size)]
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def _by_tokens(self, samples: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+        widths = [self.collate.padded_length(len(sample["input_ids"])) for sample in samples]
+        check_budget(widths, self.max_tokens or 0)
+        return [[samples[at] for at in group] for group in cut_by_tokens(range(len(samples)), widths, self.max_tokens)]

@@ -1,0 +1,71 @@
+"""How many tokens each sample becomes, without making them: what length bucketing has to know beforehand.
+
+Texts are tokenised. An image becomes as many tokens as the processor says it would for its size, which stands in the
+file's header; decoding and patching thousands of images would take longer than many a run. transformers' processors
+answer that in `_get_num_multimodal_tokens` (inference servers rely on it as well). It is held against real encodings of
+the first samples with images, and of one with the most; a processor that has no answer, or another one, is not asked again and
+samples are encoded in full.
+
+Not covered: lengths kept from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from floatline.train.data.encode import SampleEncoder
+from floatline.train.data.images import BadImage, image_size
+from floatline.train.data.samples import Sample
+
+COMPARED = 3
+"""Samples with images that are encoded in full, to see whether the short way counts right."""
+
+
+def token_lengths(samples: Sequence[Sample], encoder: SampleEncoder) -> list[int]:
+    """Return the number of tokens of each sample, as `encoder.encode` would make them.
+
+    Args:
+        samples: What will be trained on, in the data set's order.
+        encoder: How it is encoded.
+
+    Raises:
+        DataError: A sample cannot be encoded.
+        ModelError: The chat template does not fit (see encode.py).
+
+    Source: what `len(encoder.encode(sample)["input_ids"])` gives; the tests hold them against each other.
+    """
+
+    def encoded(sample: Sample) -> int:
+        return len(encoder.encode(sample)["input_ids"])
+
+    def counted(sample: Sample) -> int:
+        return sum(map(len, encoder.texts(sample))) + _image_tokens(sample, encoder.processor)
+
+    count = counted if _counts_right(samples, counted, encoded) else encoded
+    return [count(sample) if sample.images else counted(sample) for sample in samples]
+
+
+def _image_tokens(sample: Sample, processor: Any) -> int:
+    """Tokens that a sample's images add to their placeholders, one each."""
+    if not sample.images:
+        return 0
+    try:
+        sizes = [image_size(path) for path in sample.images]
+    except BadImage as problem:
+        raise sample.error(problem.reason, problem.hint) from None
+    return sum(processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens) - len(sizes)
+
+
+def _counts_right(
+    samples: Sequence[Sample], counted: Callable[[Sample], int], encoded: Callable[[Sample], int]
+) -> bool:
+    """Say whether the short way agrees with the encoder on a few samples with images."""
+    seen = [sample for sample in samples if sample.images]
+    if not seen:
+        return True
+    compared = [*seen[:COMPARED], max(seen, key=lambda sample: len(sample.images))]
+    try:
+        return all(counted(sample) == encoded(sample) for sample in compared)
+    except (AttributeError, TypeError, ValueError, KeyError, NotImplementedError):  # the processor has no such answer
+        return False
