@@ -182,6 +182,8 @@ def _build(
         collate=MicroBatches(Collator(pad), recipe.train.micro_batch_size or recipe.train.batch_size),
         drop_last=True,
         pin_memory=resolved.device.type == "cuda",
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
     evaluator = Evaluator(
         model,
