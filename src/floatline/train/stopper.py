@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from floatline.errors import RankLostError
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,9 +35,11 @@ class Stopper:
             self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back. A process that has lost a rank is about to end and ignores them until it has said so."""
+        lost = kind is not None and issubclass(kind, RankLostError)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if lost else handler)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
