@@ -64,8 +64,10 @@ def train(
     """
     from floatline.train import load_recipe
     from floatline.train import train as run_training
+    from floatline.train.launch import told_by_the_first
 
-    loaded = load_recipe(recipe, overrides or [])
+    with told_by_the_first():
+        loaded = load_recipe(recipe, overrides or [])
     command = " ".join(["floatline", "train", str(recipe), *(overrides or [])])
     result = run_training(loaded, command=command)
     if result.rank == 0:

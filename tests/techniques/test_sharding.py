@@ -97,7 +97,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_both(ranks, name):
         assert [applied for *_, applied in found["updates"]] == [True, False, True] and found["skipped"] == 1
         before, at, after = found["weights"]
         assert torch.equal(before, at) and not torch.equal(at, after)
-    assert [r[name]["updates"][2] for r in ranks][0] == ranks[1][name]["updates"][2]
+    assert ranks[0][name]["updates"][2] == ranks[1][name]["updates"][2]
     expected = {"a nan": [None] * 3, "an overflow": [64.0, 32.0, 32.0]}[name]
     assert [rank[name]["scales"] for rank in ranks] == [expected, expected]
 
@@ -126,6 +126,7 @@ def test_ranks_agree(ranks):
     for number, rank in enumerate(ranks):
         found = rank["agreeing"]
         assert found["sum"] == 3.0 and found["any"] == (True, False) and found["members"] == 2
+        assert found["tell"] == [[0, 2**50 + 1], [1, 2**50 + 1]]
         assert found["on first"] == {"rank": 0} and found["all well"] == number
         assert found["first fails"] == ("bad on rank 0", "mend it", number == 1)
         assert found["second fails"] == ("bad on rank 1", "mend it", number == 0)
@@ -144,7 +145,7 @@ def test_a_group_of_one_is_the_plain_step_bit_for_bit(case, scenarios, precision
 
 def test_undo_restores_everything(case):
     model = case.build()
-    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     values = {name: p.detach().clone() for name, p in parameters.items()}
     attributes = {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
     hooks = {name: {k: dict(v) for k, v in vars(m).items() if "_hooks" in k} for name, m in model.named_modules()}
@@ -199,6 +200,20 @@ def test_another_ranks_share_of_the_memory(zoo):
         pass
 
 
+def test_ranks_are_planned_on_fake_tensors(zoo):
+    from torch._subclasses import FakeTensorMode
+
+    case = zoo["gpt2"]
+    with fake_ranks(4), FakeTensorMode(allow_non_fake_inputs=True):
+        step = fl.TrainStep(
+            case.build(), torch.optim.AdamW, precision="bf16-mixed", techniques=["sharding"], count=lambda batch: 4
+        )
+        step.sentinel.make_update = lambda optimizer, finite: optimizer.step()  # a verdict on fakes cannot be read
+        step.sentinel.record = lambda *_: None
+        assert step(case.batch(0)).loss.shape == ()
+        assert {tuple(state["exp_avg"].to_local().shape) for state in step.optimizer.state.values()} >= {(24, 16), (4,)}
+
+
 def test_what_is_gathered_together(zoo):
     applied = Sharding().apply(zoo["qwen3_vl"].build())
     assert set(applied.touched) == {
@@ -232,9 +247,11 @@ def test_frozen_parameters_are_sharded_too(zoo):
 def test_bad_input(zoo):
     with pytest.raises(ConfigError, match=r"sharding.layers: 'model.layer.\*' matches no module of GPT2.*\nhint: "):
         Sharding(layers=("model.layer.*",)).apply(zoo["gpt2"].build())
-    with pytest.raises(ConfigError, match=r"transformer.h is a ModuleList that is never called itself\nhint: .*\.h\.\*"):
+    with pytest.raises(
+        ConfigError, match=r"transformer.h is a ModuleList that is never called itself\nhint: .*\.h\.\*"
+    ):
         Sharding(layers=("transformer.h",)).apply(zoo["gpt2"].build())
-    with pytest.raises(ConfigError, match="sharding.gather is 'bf16'\nhint: allowed: policy, fp32"):
+    with pytest.raises(ConfigError, match=r"sharding\.gather is 'bf16'\nhint: allowed: policy, fp32"):
         Sharding(gather="bf16")
     scalar = nn.Linear(2, 2)
     scalar.scale = nn.Parameter(torch.tensor(1.0))

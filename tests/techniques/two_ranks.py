@@ -11,10 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import zoo  # noqa: E402
 from torch import nn
 
 import floatline as fl
+import zoo
 from floatline.errors import ConfigError, FloatlineError
 from floatline.step.guard import step_by_select
 from floatline.techniques.ranks import join_ranks
@@ -175,6 +175,7 @@ def agreeing(rank, size):
 
     return {
         "sum": float(ranks.sum(torch.tensor(rank + 1.0))),
+        "tell": ranks.tell([rank, 2**50 + 1]),
         "any": (ranks.any(rank == 1), ranks.any(False)),
         "on first": ranks.on_first(lambda: {"rank": rank}),
         "first fails": outcome(lambda: ranks.on_first(fail)),

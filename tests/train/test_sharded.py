@@ -1,6 +1,6 @@
-"""Runs of several ranks through torchrun: the loss curve of one process, lost ranks, checkpoints for any number of ranks.
+"""Runs of several ranks through torchrun: the loss curve of one process, lost ranks, checkpoints for any ranks.
 
-Real gloo processes on the CPU; each costs seconds to start, so one run of each kind is made and looked at from all sides.
+Real gloo processes on the CPU; each costs seconds to start, so a run is made once and looked at from all sides.
 """
 
 import json
@@ -48,9 +48,7 @@ def command(ranks, recipe, run, *overrides):
 
 def start(*args):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(*args):
@@ -229,7 +227,11 @@ def test_sigterm_stops_all_ranks_at_the_same_update(recipe, losses, tmp_path):
     ("overrides", "message", "hint"),
     [
         ([], "torchrun has started 2 processes, but the recipe has no technique", "add techniques.sharding=true"),
-        ([ON, "train.batch_size=7"], "train.batch_size=7 cannot be shared out evenly to 2 ranks", "use train.batch_size=8"),
+        (
+            [ON, "train.batch_size=7"],
+            "train.batch_size=7 cannot be shared out evenly to 2 ranks",
+            "use train.batch_size=8",
+        ),
     ],
 )
 def test_mistakes_are_told_once(recipe, tmp_path, overrides, message, hint):

@@ -1,4 +1,4 @@
-"""What the ranks of a step tell each other before an update: how many targets each has, and that they run the same modules.
+"""What the ranks of a step tell each other before an update: their numbers of targets, and which modules they will run.
 
 Gradients of N ranks are averaged, so a micro-batch of n targets weighs n N / (all ranks' targets), and the sum over the
 ranks is the loss of all data together. FSDP's collectives meet only if every rank makes the same forwards and
@@ -31,10 +31,9 @@ def share_out(micro_batches: Sequence[Batch], counts: Sequence[Any], ranks: OneR
     Raises:
         ConfigError: A rank has no micro-batch, or the ranks' micro-batches are of different kinds.
     """
-    mine = torch.tensor([len(micro_batches), float(sum(counts))], dtype=torch.float64)
-    everyones = ranks.gather(mine)
-    number, total = int(everyones[:, 0].max()), float(everyones[:, 1].sum())
-    if int(everyones[:, 0].min()) == 0:
+    numbers, totals = zip(*ranks.tell([len(micro_batches), float(sum(counts))]), strict=True)
+    number, total = int(max(numbers)), sum(totals)
+    if min(numbers) == 0:
         raise ConfigError("an update needs at least one micro-batch on every rank, one has none")
     filled = [*micro_batches, *[micro_batches[-1]] * (number - len(micro_batches))]
     _refuse_other_kinds(filled, ranks)
@@ -56,8 +55,8 @@ def with_some_target(batch: Batch) -> Batch:
 def _refuse_other_kinds(micro_batches: Sequence[Batch], ranks: OneRank) -> None:
     kinds = [_kind(micro_batch) for micro_batch in micro_batches]
     digest = hashlib.sha256(repr(kinds).encode()).digest()
-    everyones = ranks.gather(torch.tensor(int.from_bytes(digest[:7], "little"), dtype=torch.int64))
-    if bool((everyones == everyones[0]).all()):
+    told = ranks.tell([int.from_bytes(digest[:6], "little")])
+    if all(other == told[0] for other in told):
         return
     raise ConfigError(
         f"the ranks' micro-batches are of different kinds, on this rank: {kinds}; such ranks would wait for each other",

@@ -217,6 +217,7 @@ class TrainStep:
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = self._in_backward.gradient_norm() if self._in_backward else total_norm(parameters)
+        grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
         finite = self.sentinel.judge(loss, grad_norm)
         self._clip_gradients(parameters, grad_norm)
         self.sentinel.make_update(self.optimizer, finite)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,9 +51,13 @@ class OneRank:
         """Return `value` summed over all ranks."""
         return value
 
+    def tell(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return every rank's `numbers` (equally many, whole ones up to 2^53 exact), in the order of the ranks."""
+        return [[float(number) for number in numbers]]
+
     def any(self, flag: bool) -> bool:
         """Say whether `flag` is set on any rank."""
-        return flag
+        return any(told for (told,) in self.tell([flag]))
 
     def collect(self, value: T) -> list[T]:
         """Return every rank's `value`, a picklable object."""
@@ -107,8 +111,9 @@ class RankGroup(OneRank):
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         return self.gather(value).sum(0)
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.gather(torch.tensor(float(flag))).any())
+    def tell(self, numbers: Sequence[float]) -> list[list[float]]:
+        told: list[list[float]] = self.gather(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return told
 
     def collect(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
@@ -123,7 +128,7 @@ class RankGroup(OneRank):
             result, error = message[0]
         if error is not None:
             raise _as_told(error, self.rank == 0)
-        return result  # type: ignore[no-any-return]
+        return result  # type: ignore[return-value]
 
     def together(self, action: Callable[[], T]) -> T:
         result, error = _attempt(action)
@@ -133,7 +138,7 @@ class RankGroup(OneRank):
             raise error
         if first is not None and (other := errors[first]) is not None:
             raise _as_told(other, False)
-        return result  # type: ignore[no-any-return]
+        return result
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -165,6 +170,25 @@ class RankGroup(OneRank):
                 return gone
             time.sleep(0.02)
         return []
+
+
+class PretendedRanks(RankGroup):
+    """Ranks that `fake_ranks` pretends: all of them say what this one says, and nothing is sent."""
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.stack([value.detach()] * self.size)
+
+    def tell(self, numbers: Sequence[float]) -> list[list[float]]:
+        return [[float(number) for number in numbers] for _ in range(self.size)]
+
+    def collect(self, value: T) -> list[T]:
+        return [value] * self.size
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        return action()
+
+    def together(self, action: Callable[[], T]) -> T:
+        return action()
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -203,9 +227,11 @@ def _is_running(pid: int) -> bool:
         return True
 
 
-def launched_ranks() -> int:
-    """Return how many ranks torchrun has started, 1 where it was not used."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+def launched() -> tuple[int, int]:
+    """Return this process's rank and how many torchrun has started, (0, 1) where it was not used."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def join_ranks(device_type: str) -> RankGroup:
@@ -216,7 +242,7 @@ def join_ranks(device_type: str) -> RankGroup:
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        if launched()[1] > 1:
             if device_type == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(backend)
@@ -224,7 +250,7 @@ def join_ranks(device_type: str) -> RankGroup:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
-    return RankGroup(group)
+    return PretendedRanks(group) if dist.get_backend(group) == "fake" else RankGroup(group)
 
 
 def leave_ranks() -> None:

@@ -19,8 +19,8 @@ What the step's precision means for it:
 
 Under the `-mixed` policies that halves the traffic, and lets FSDP free a layer after its forward: autocast's own copies
 of fp32 weights would stay in the graph until the backward. It also means that whatever autocast leaves in fp32 (norm
-weights, the residual stream) is in half precision too. `gather="fp32"` keeps autocast's arithmetic to the letter. Modules
-that a precision rule keeps in another format, and batch norms, are gathered on their own, in theirs.
+weights, the residual stream) is in half precision too. `gather="fp32"` keeps autocast's arithmetic to the letter.
+Modules that a precision rule keeps in another format, and batch norms, are gathered on their own, in theirs.
 
 One process without torchrun makes a group of one, so that a sharded run can be resumed anywhere.
 
@@ -30,10 +30,9 @@ modules (one has images, another none), which the step refuses, for their collec
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -49,7 +48,8 @@ from floatline.precision.policy import RULE_FORMATS
 from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.layers import chosen_layers
 from floatline.techniques.ranks import RankGroup, join_ranks
-from floatline.techniques.shards import Unit, full_tensor, local_bytes, plan_units, reshard
+from floatline.techniques.shards import Unit, local_bytes, plan_units
+from floatline.techniques.unshard import Trace
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -60,9 +60,10 @@ class Sharding(Technique):
 
     Args:
         layers: Patterns of the modules that are gathered one by one; none takes the model's repeated layers.
-        reshard_after_forward: Free a layer after its forward and gather it again for the backward; False keeps it, which
-            saves a third of the traffic and costs the memory of the gathered weights.
-        gather: Format that weights are gathered in: "policy" as the step's precision computes, "fp32" as they are stored.
+        reshard_after_forward: Free a layer after its forward and gather it again for the backward; False keeps it,
+            which saves a third of the traffic and costs the memory of the gathered weights.
+        gather: Format that weights are gathered in: "policy" as the step's precision computes, "fp32" as they are
+            stored.
         cpu_offload: Keep shards, gradients and optimizer state in host memory; the update is made there.
 
     Raises:
@@ -71,7 +72,7 @@ class Sharding(Technique):
 
     name = "sharding"
     stage = Stage.SHARD
-    conflicts = {
+    conflicts: ClassVar[Mapping[str, str]] = {
         "optimizer_in_backward": "ranks must agree that an update is good before any of them makes it; "
         "sharding alone divides gradients and optimizer state by the number of ranks"
     }
@@ -84,7 +85,9 @@ class Sharding(Technique):
     def supports(self, hardware: Hardware, model: nn.Module) -> Verdict:
         scalars = [name for name, p in model.named_parameters() if p.dim() == 0 and p.requires_grad]
         if scalars:
-            return Verdict(False, f"{scalars[0]} has no dimension to split; make it a tensor of shape (1,), or freeze it")
+            return Verdict(
+                False, f"{scalars[0]} has no dimension to split; make it a tensor of shape (1,), or freeze it"
+            )
         return Verdict(True, "process groups run on CPU (gloo) and CUDA (NCCL)")
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
@@ -136,7 +139,9 @@ def _batch_norm_note(model: nn.Module, ranks: RankGroup) -> list[str]:
     norms = [name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)]
     if not norms or ranks.size == 1:
         return []
-    return [f"batch norm ({norms[0]}{', ...' if norms[1:] else ''}) sees each rank's own batch; rank 0's statistics count"]
+    return [
+        f"batch norm ({norms[0]}{', ...' if norms[1:] else ''}) sees each rank's own batch; rank 0's statistics count"
+    ]
 
 
 class _Formats:
@@ -180,14 +185,12 @@ def _shard(
     technique: Sharding, model: nn.Module, units: list[Unit], formats: _Formats, device_type: str
 ) -> Callable[[], None]:
     """Call `fully_shard` on every unit and the root; returns the undo."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    trace = _Trace(model)
+    trace = Trace(model)
     scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
     common: dict[str, Any] = {
-        "mesh": init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("shard",)),
+        "mesh": _mesh(device_type),
         "offload_policy": CPUOffloadPolicy() if technique.cpu_offload and device_type != "cpu" else OffloadPolicy(),
         "ignored_params": scalars,
     }
@@ -200,8 +203,12 @@ def _shard(
                 reshard_after_forward=technique.reshard_after_forward and len(modules) == 1,
                 **common,
             )
-        root = MixedPrecisionPolicy() if formats.policy.base.compute == "fp32" else MixedPrecisionPolicy(
-            param_dtype=formats.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        root = (
+            MixedPrecisionPolicy()
+            if formats.policy.base.compute == "fp32"
+            else MixedPrecisionPolicy(
+                param_dtype=formats.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         )
         fully_shard(model, mp_policy=root, reshard_after_forward=False, **common)
     except BaseException:
@@ -219,70 +226,11 @@ def _shard(
     return undo
 
 
-class _Trace:
-    """What a model looked like before `fully_shard`, to take it off again exactly.
+def _mesh(device_type: str) -> Any:
+    """Return the mesh of all ranks; it reads its own tensors, so they are real ones when planning on fake tensors."""
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.distributed.device_mesh import init_device_mesh
 
-    The model's own Parameter objects are kept, without their memory, and get the gathered values on undo.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self.classes = [type(module) for module in self.modules]
-        self.attributes = [set(vars(module)) for module in self.modules]
-        self.parameters = [dict(module._parameters) for module in self.modules]
-
-    def free_originals(self) -> None:
-        """Let go of the whole weights; shape, format and identity of each Parameter stay."""
-        for parameter in {p for own in self.parameters for p in own.values() if p is not None}:
-            if parameter.dim():
-                parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
-
-    def undo(self) -> None:
-        """Put the model's own parameters, with their present values, and classes back; take FSDP's hooks off."""
-        values = self._gathered()
-        for module, kind, before, own in zip(
-            self.modules, self.classes, self.attributes, self.parameters, strict=True
-        ):
-            module.__class__ = kind
-            for key in set(vars(module)) - before:
-                if key.startswith(("__composable_api", "_is_fsdp_managed", "_fsdp_use_orig")):
-                    del vars(module)[key]
-            _remove_hooks(module)
-            _forget_state(module)
-            for key, parameter in own.items():
-                if parameter is not None and id(parameter) in values:
-                    parameter.data = values[id(parameter)]
-                module._parameters[key] = parameter
-
-    def _gathered(self) -> dict[int, torch.Tensor]:
-        """Return the present value of each of the model's own parameters, by its id."""
-        values: dict[int, torch.Tensor] = {}
-        reshard(self.modules[0])
-        for module, own in zip(self.modules, self.parameters, strict=True):
-            for key, parameter in own.items():
-                now = module._parameters[key]
-                if parameter is not None and now is not None and now is not parameter and id(parameter) not in values:
-                    values[id(parameter)] = full_tensor(now.detach()).to(parameter.device).clone()
-        return values
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Remove FSDP's hooks, which its lazy initialisation adds too, and leave everybody else's."""
-    tables = [value for key, value in vars(module).items() if "_hooks" in key and isinstance(value, dict)]
-    mine = {number for table in tables for number, hook in table.items() if _is_fsdp(hook)}
-    for table in tables:
-        for number in mine & set(table):
-            del table[number]
-
-
-def _is_fsdp(hook: Any) -> bool:
-    function = getattr(hook, "hook", hook)  # load_state_dict's hooks are wrapped
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp")
-
-
-def _forget_state(module: nn.Module) -> None:
-    """Take a module out of torch's table of sharded modules, which would refuse it a second time."""
-    with suppress(ImportError, KeyError):
-        from torch.distributed._composable_state import _module_state_mapping
-
-        del _module_state_mapping[module]
+    with unset_fake_temporarily():
+        return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("shard",))

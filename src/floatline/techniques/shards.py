@@ -97,7 +97,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whole; of shards it is gathered, which every rank must do."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def laid_out_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -131,4 +131,4 @@ def local_bytes(model: nn.Module) -> int:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

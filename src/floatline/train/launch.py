@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-from floatline.errors import ConfigError, RankLostError
+from floatline.errors import ConfigError, FloatlineError, RankLostError
 from floatline.techniques import OneRank
-from floatline.techniques.ranks import join_ranks, launched_ranks, leave_ranks
+from floatline.techniques.ranks import join_ranks, launched, leave_ranks
 from floatline.train.manifest import Manifest
 from floatline.train.recipe import Recipe
 from floatline.train.rundir import RunDirectory
@@ -29,7 +29,8 @@ def joined(recipe: Recipe) -> Iterator[OneRank]:
         ConfigError: torchrun has started several processes, but the recipe does not shard.
     """
     if "sharding" not in recipe.techniques:
-        _refuse_idle_ranks()
+        with told_by_the_first():
+            _refuse_idle_ranks()
         yield OneRank()
         return
     ranks = join_ranks("cuda" if torch.cuda.is_available() and recipe.hardware != "cpu" else "cpu").introduce()
@@ -43,10 +44,21 @@ def joined(recipe: Recipe) -> Iterator[OneRank]:
     leave_ranks()
 
 
+@contextmanager
+def told_by_the_first() -> Iterator[None]:
+    """Errors that every rank meets alike, before they have joined (a mistake in the recipe), are rank 0's to show."""
+    try:
+        yield
+    except FloatlineError as error:
+        error.told = launched()[0] > 0
+        raise
+
+
 def _refuse_idle_ranks() -> None:
-    if launched_ranks() > 1:
+    _, number = launched()
+    if number > 1:
         raise ConfigError(
-            f"torchrun has started {launched_ranks()} processes, but the recipe has no technique that shares a run out",
+            f"torchrun has started {number} processes, but the recipe has no technique that shares a run out",
             hint="add techniques.sharding=true, or start it without torchrun",
         )
 

@@ -208,9 +208,9 @@ class Loop:
         """Return the targets and tokens of all ranks, and whether any of them was asked to stop."""
         micro_batches = batch if isinstance(batch, list) else [batch]
         targets, tokens = map(sum, zip(*(token_counts(micro) for micro in micro_batches), strict=True))
-        mine = torch.tensor([int(targets), int(tokens), self.stopper.asked])
-        all_targets, all_tokens, asked = self.ranks.gather(mine).sum(0).tolist()
-        return all_targets, all_tokens, asked > 0
+        told = self.ranks.tell([int(targets), int(tokens), self.stopper.asked])
+        all_targets, all_tokens, asked = (sum(numbers) for numbers in zip(*told, strict=True))
+        return int(all_targets), int(all_tokens), asked > 0
 
     def _after_update(self, done: int) -> None:
         last = done == self.steps

@@ -62,9 +62,7 @@ class Run:
     state: dict[str, Any] | None
 
 
-def prepare(
-    recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say, ranks: OneRank | None = None
-) -> Run:
+def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say, ranks: OneRank | None = None) -> Run:
     """Check everything, choose what is open, load model and data, and find the checkpoint to go on from.
 
     Every rank reads the data and loads the model; what is chosen is rank 0's choice.
@@ -199,9 +197,7 @@ def _build(
         step.load_state_dict(state["step"])
         say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
         state["best"] = ranks.on_first(partial(_best_that_is_left, state["best"], rundir, say))
-    return Run(
-        rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state
-    )
+    return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state)
 
 
 def _checkpoint_to_go_on_from(rundir: RunDirectory, say: Say) -> Path | None:

@@ -36,7 +36,7 @@ class Stopper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back. A process that has lost a rank is about to end and ignores them until it has said so."""
+        """Give the signals back. A process that has lost a rank is ending and ignores them, so that it can say so."""
         lost = kind is not None and issubclass(kind, RankLostError)
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if lost else handler)

@@ -15,6 +15,7 @@ shard at all; a plain checkpoint is read into shards likewise.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,7 @@ class PlainWeights:
 class ShardedWeights(PlainWeights):
     """The weights of a model in shards; all ranks write and read their own."""
 
-    def __init__(
-        self, model: nn.Module, processor: Any, load: Callable[[Path], nn.Module], ranks: OneRank
-    ) -> None:
+    def __init__(self, model: nn.Module, processor: Any, load: Callable[[Path], nn.Module], ranks: OneRank) -> None:
         super().__init__(model, processor, load)
         self.ranks = ranks
 
@@ -212,7 +211,9 @@ def _run(action: Callable[[], Any]) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        action()
+        with warnings.catch_warnings():  # it warns that it takes a single process for one
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            action()
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise first if isinstance(first, Exception) else RuntimeError(str(error)) from error
