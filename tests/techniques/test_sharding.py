@@ -13,7 +13,8 @@ from torch import nn
 import floatline as fl
 from floatline.errors import ConfigError
 from floatline.techniques import Sharding
-from floatline.techniques.ranks import fake_ranks, is_connection_fault, leave_ranks
+from floatline.techniques.groups import fake_ranks, leave_ranks
+from floatline.techniques.ranks import is_connection_fault
 from floatline.techniques.shards import is_sharded, local_bytes, plan_units
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ import floatline as fl
 import zoo
 from floatline.errors import ConfigError, FloatlineError
 from floatline.step.guard import step_by_select
-from floatline.techniques.ranks import join_ranks
+from floatline.techniques.groups import join_ranks
 from floatline.techniques.rows import cut_rows
 from floatline.techniques.shards import full_tensor
 

@@ -1,7 +1,6 @@
 """The processes that train one model together, and an object for training alone.
 
-torchrun starts one process a GPU and tells each its rank in environment variables; `join_ranks` makes them a group.
-Everything that decides what happens next (is this update good, stop now, which checkpoint) is agreed on, so that every
+How a group of ranks comes to be is groups.py's matter. Everything that decides what happens next (is this update good, stop now, which checkpoint) is agreed on, so that every
 rank makes the same collectives in the same order: a rank that skips one alone leaves the others waiting.
 
 Sums are taken in the order of the ranks and on every rank alike, so all of them see the same bits.
@@ -225,58 +224,3 @@ def _is_running(pid: int) -> bool:
         return False
     except OSError:  # no /proc here, or another user's process
         return True
-
-
-def launched() -> tuple[int, int]:
-    """Return this process's rank and how many torchrun has started, (0, 1) where it was not used."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def join_ranks(device_type: str) -> RankGroup:
-    """Return the group of all ranks; where none exists it is made, under torchrun with the others, else of one.
-
-    Args:
-        device_type: "cpu" (gloo) or "cuda" (NCCL, and gloo for what the hosts tell each other).
-    """
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        if launched()[1] > 1:
-            if device_type == "cuda":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    return PretendedRanks(group) if dist.get_backend(group) == "fake" else RankGroup(group)
-
-
-def leave_ranks() -> None:
-    """End the group of all ranks, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@contextmanager
-def fake_ranks(size: int) -> Iterator[None]:
-    """Pretend, in this one process, to be rank 0 of `size`: shards have their real sizes, collectives move nothing.
-
-    For planning: memory and shapes are those of a real rank, numbers are not.
-
-    Args:
-        size: How many ranks to pretend.
-
-    Raises:
-        RuntimeError: A process group exists already.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise RuntimeError("fake_ranks needs a process without a process group: end it with leave_ranks() first")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

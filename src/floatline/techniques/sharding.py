@@ -46,8 +46,9 @@ from floatline.precision.apply import TARGET_NAMES, match_rules
 from floatline.precision.islands import DTYPES, cast_inputs
 from floatline.precision.policy import RULE_FORMATS
 from floatline.techniques.base import MARK, Applied, Stage, Technique
+from floatline.techniques.groups import join_ranks
 from floatline.techniques.layers import chosen_layers
-from floatline.techniques.ranks import RankGroup, join_ranks
+from floatline.techniques.ranks import RankGroup
 from floatline.techniques.shards import Unit, local_bytes, plan_units
 from floatline.techniques.unshard import Trace
 
