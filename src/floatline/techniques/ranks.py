@@ -1,7 +1,8 @@
 """The processes that train one model together, and an object for training alone.
 
-How a group of ranks comes to be is groups.py's matter. Everything that decides what happens next (is this update good, stop now, which checkpoint) is agreed on, so that every
-rank makes the same collectives in the same order: a rank that skips one alone leaves the others waiting.
+How a group of ranks comes to be is groups.py's matter. Everything that decides what happens next (is this update good,
+stop now, which checkpoint) is agreed on, so that every rank makes the same collectives in the same order: a rank that
+skips one alone leaves the others waiting.
 
 Sums are taken in the order of the ranks and on every rank alike, so all of them see the same bits.
 
