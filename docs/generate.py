@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 HERE = Path(__file__).parent / "reference"
 
@@ -61,13 +64,15 @@ def _plain(value: Any) -> str:
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
-        return ", ".join(get_args(annotation))
+        return ", ".join(map(str, get_args(annotation)))
+    if origin is tuple and get_args(annotation)[-1] is Ellipsis:
+        return f"list of: {_type(get_args(annotation)[0])}"
     if origin in (Union, types.UnionType):
         return " or ".join(_type(inner) for inner in get_args(annotation) if inner is not type(None))
     if hasattr(annotation, "__metadata__"):
         return _type(get_args(annotation)[0])
     names = {int: "integer", float: "number", str: "text", bool: "true, false"}
-    return names.get(annotation, "two numbers" if origin is tuple else str(annotation))
+    return names.get(annotation, "two numbers" if origin is tuple else "name: settings" if origin is dict else str(annotation))
 
 
 def formats() -> str:
@@ -108,11 +113,60 @@ def hardware() -> str:
     return "\n".join(lines) + "\n"
 
 
+def techniques() -> str:
+    """Every technique with its settings, in the order in which they are applied."""
+    from floatline.techniques import HOMES, technique_class
+
+    classes = sorted((technique_class(name) for name in HOMES), key=lambda kind: kind.stage)
+    lines = [
+        "# Techniques\n",
+        "In the order in which a step applies them, whichever order they are given in. In a recipe: "
+        "`techniques: {NAME: {SETTING: VALUE}}`, or `techniques.NAME=true` on the command line; in Python: "
+        '`TrainStep(techniques=["NAME(setting=value)"])` or `fl.techniques.CLASS(...)`. What each is and when it pays: '
+        "[techniques](../concepts/techniques.md).\n",
+    ]
+    for kind in classes:
+        lines += _technique(kind)
+    return "\n".join(lines) + "\n"
+
+
+def _technique(kind: Any) -> list[str]:
+    summary, arguments = _docstring(kind)
+    exact = "bit for bit the plain step's" if kind.exact else "equal to rounding, or another optimizer or model"
+    lines = [f"## {kind.name}\n", f"`fl.techniques.{kind.__name__}`: {summary} Results: {exact}.\n"]
+    if fields(kind):
+        lines += ["| setting | values | default | meaning |", "|---|---|---|---|"]
+        hints = get_type_hints(kind)
+        for field in fields(kind):
+            default = "required" if field.default is MISSING else f"`{_plain(field.default)}`"
+            meaning = arguments.get(field.name, "").replace("|", "\\|")
+            lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {meaning} |")
+        lines.append("")
+    for other, reason in kind.conflicts.items():
+        lines.append(f"- not with `{other}`: {reason}")
+    return [*lines, ""] if kind.conflicts else lines
+
+
+def _docstring(kind: Any) -> tuple[str, dict[str, str]]:
+    """Return the first line of a class's docstring, and its Args by name."""
+    text = inspect.cleandoc(kind.__doc__)
+    _, _, tail = text.partition("\nArgs:\n")
+    arguments: dict[str, str] = {}
+    name = ""
+    for line in re.split(r"\n(?=\S)", tail)[0].splitlines():
+        if match := re.match(r"    (\w+): (.*)", line):
+            name, arguments[match[1]] = match[1], match[2]
+        elif name and line.strip():
+            arguments[name] += f" {line.strip()}"
+    return text.splitlines()[0], arguments
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "commands.md": commands,
     "recipe.md": recipe,
     "formats.md": formats,
     "hardware.md": hardware,
+    "techniques.md": techniques,
 }
 
 

@@ -87,13 +87,13 @@ class ConvNet(nn.Module):
 class TiedLanguageModel(nn.Module):
     """A causal language model of plain torch parts; embedding and head are one weight."""
 
-    def __init__(self, width=16, depth=2):
+    def __init__(self, width=16, depth=2, heads=2, vocabulary=VOCABULARY):
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
+        self.embed = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True) for _ in range(depth)
+            nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True) for _ in range(depth)
         )
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, input_ids, labels):
@@ -118,36 +118,36 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def regression(seed):
-    x = torch.randn(ROWS, 8, generator=generator(seed))
+def regression(seed, rows=ROWS):
+    x = torch.randn(rows, 8, generator=generator(seed))
     return x, x.sum(1, keepdim=True).sin()
 
 
-def pictures(seed):
+def pictures(seed, rows=ROWS, side=8):
     g = generator(seed)
-    return torch.randn(ROWS, 3, 8, 8, generator=g), torch.randint(0, 5, (ROWS,), generator=g)
+    return torch.randn(rows, 3, side, side, generator=g), torch.randint(0, 5, (rows,), generator=g)
 
 
-def text(seed, length=12, attention_mask=True):
+def text(seed, length=12, attention_mask=True, rows=ROWS, vocabulary=VOCABULARY):
     """Rows of different lengths, right-padded; labels of the prompt and the padding are -100."""
     g = generator(seed)
-    ids = torch.randint(5, VOCABULARY, (ROWS, length), generator=g)
-    lengths = torch.tensor([length, length - 3, length - 5, length - 6])
+    ids = torch.randint(5, vocabulary, (rows, length), generator=g)
+    lengths = length - torch.tensor([0, 3, 5, 6]).repeat(rows)[:rows]
     mask = torch.arange(length) < lengths[:, None]
     labels = torch.where(mask & (torch.arange(length) >= 3), ids, -100)
     batch = {"input_ids": torch.where(mask, ids, 0), "labels": labels}
     return {**batch, "attention_mask": mask.long()} if attention_mask else batch
 
 
-def gpt2():
+def gpt2(width=16, depth=3, heads=2, vocabulary=VOCABULARY, positions=64):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=64,
-        n_embd=16,
-        n_layer=3,
-        n_head=2,
+        vocab_size=vocabulary,
+        n_positions=positions,
+        n_embd=width,
+        n_layer=depth,
+        n_head=heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -160,29 +160,30 @@ def gpt2():
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 1, 2, 3, 4
 
 
-def qwen3_vl():
+def qwen3_vl(width=32, depth=2, vision_width=16, vision_depth=2, vocabulary=VOCABULARY):
+    """Heads are 16 wide; the text model has as many query heads as fill its width, and half as many for keys."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text_config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 3 * width // 2,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 32,
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3],
                             "mrope_interleaved": True},
     }  # fmt: skip
     vision_config = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
+        "depth": vision_depth,
+        "hidden_size": vision_width,
+        "intermediate_size": 2 * vision_width,
+        "num_heads": vision_width // 8,
         "patch_size": 4,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": width,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }
@@ -198,11 +199,14 @@ def qwen3_vl():
     return Qwen3VLForConditionalGeneration(config)
 
 
-def seen_text(seed):
-    """Four rows; the first and third show an image of 4 x 4 and 8 x 4 patches (4 and 8 tokens), the others none."""
-    grids = torch.tensor([[1, 4, 4], [1, 8, 4]])
-    batch = text(seed, length=20)
-    for row, tokens in ((0, 4), (2, 8)):
+def seen_text(seed, length=20, side=4, vocabulary=VOCABULARY):
+    """Four rows; the first and third show an image of side x side and 2 side x side patches, the others none.
+
+    Four patches are one token: 4 and 8 tokens at side 4.
+    """
+    grids = torch.tensor([[1, side, side], [1, 2 * side, side]])
+    batch = text(seed, length=length, vocabulary=vocabulary)
+    for row, tokens in ((0, side * side // 4), (2, side * side // 2)):
         batch["input_ids"][row, : tokens + 2] = torch.tensor([VISION_START, *[IMAGE_TOKEN] * tokens, VISION_END])
         batch["labels"][row, : tokens + 2] = -100
     pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator(seed + 1000))

@@ -22,7 +22,7 @@ def recipe(precision: str = "bf16-mixed", **train: Any) -> dict[str, Any]:
         "data": {"train": "data/train.jsonl", "on_bad_sample": "skip"},
         "precision": precision,
         "hardware": "auto",
-        "techniques": [],
+        "techniques": {},
         "train": {"lr": 0.002, "batch_size": 32, "schedule": "cosine", "max_grad_norm": 1.0, "seed": 0, **train},
         "eval": {"every": 100},
         "guard": {"max_faults_in_a_row": 5},

@@ -191,6 +191,7 @@ def test_text_of_others_is_shown_not_obeyed(make_run: MakeRun) -> None:
         "error": evil,
         "command": evil,
         "choices": [{"key": evil, "value": evil, "reason": evil}],
+        "techniques": [{"technique": evil, "touched": [evil], "notes": [evil]}],
         "data": {evil: {"samples": 1, "skipped": [{"file": evil, "line": evil, "reason": evil}]}},
         "versions": {evil: evil},
         "machine": {"name": evil},

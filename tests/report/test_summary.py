@@ -4,7 +4,7 @@ import pytest
 
 from floatline.report import load_run
 from floatline.report.records import Tally
-from floatline.report.summary import summarize, verdict, wilson
+from floatline.report.summary import summarize, techniques_of, verdict, wilson
 
 from .conftest import MakeRun, fault_line, lines
 
@@ -79,3 +79,19 @@ def test_wilson_stays_inside_and_around_the_share(correct: int, total: int) -> N
     low, high = wilson(Tally(correct=correct, total=total))
     assert 0 <= low <= correct / total <= high + 1e-12 and high <= 1
     assert high - low > 0.2
+
+
+def test_techniques_say_what_they_touched(make_run: MakeRun) -> None:
+    techniques = [
+        {"technique": "checkpointing(every=2)", "touched": ["layers.0", "layers.2"], "notes": []},
+        {"technique": "offload", "touched": [""], "notes": ["a note", "another"]},
+        {"technique": "lora", "touched": [], "notes": None},
+        "damaged",
+    ]
+    run = load_run(make_run(info={"techniques": techniques}))
+    assert techniques_of(run) == [
+        ("checkpointing(every=2)", "2 parts, first layers.0", ""),
+        ("offload", "the whole model", "a note; another"),
+        ("lora", "nothing", ""),
+    ]
+    assert techniques_of(load_run(make_run("other", info={"techniques": "none"}))) == []

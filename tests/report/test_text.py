@@ -52,7 +52,11 @@ def test_colour_settings_of_the_environment_change_nothing(make_run: MakeRun, mo
 def test_nothing_in_it_commands_a_terminal(make_run: MakeRun) -> None:
     evil = "\x1b[31mred\x1b]0;title\x07[bold]:smile:\r\n\x9b2J"
     sample = {"images": [], "question": evil, "answer": evil, "truth": evil, "correct": False, "kind": "digit"}
-    info = {"error": evil, "choices": [{"key": evil, "value": evil, "reason": evil}]}
+    info = {
+        "error": evil,
+        "choices": [{"key": evil, "value": evil, "reason": evil}],
+        "techniques": [{"technique": evil, "touched": [evil], "notes": [evil]}],
+    }
     text = render_text([load_run(make_run(samples=[sample], info=info, precision=evil))])
     assert all(char.isprintable() or char == "\n" for char in text)
     assert "[bold]:smile:" in text

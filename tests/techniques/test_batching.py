@@ -60,15 +60,18 @@ def test_equals_the_full_batch(zoo, name, side, max_tokens):
 
 def test_rows_of_like_length_lie_together_and_are_trimmed(zoo):
     model, batch = zoo["gpt2"].build(), zoo["gpt2"].batch(0)  # rows of 12, 9, 7 and 6 tokens
-    for given in (batch, left_padded(batch)):
-        parts = split_of(copy.deepcopy(model), max_tokens=14)(given)
+    for padded in (batch, left_padded(batch)):
+        parts = split_of(copy.deepcopy(model), max_tokens=14)(padded)
         assert [tuple(part["input_ids"].shape) for part in parts] == [(1, 12), (1, 9), (2, 7)]
         assert all(part["labels"].shape == part["attention_mask"].shape == part["input_ids"].shape for part in parts)
         assert int(sum(part["attention_mask"].sum() for part in parts)) == 34
 
 
 def test_images_go_with_their_rows(zoo):
-    model, batch = zoo["qwen3_vl"].build(), zoo["qwen3_vl"].batch(0)  # rows of 20, 17, 15 and 14 tokens, images in 0 and 2
+    model, batch = (
+        zoo["qwen3_vl"].build(),
+        zoo["qwen3_vl"].batch(0),
+    )  # rows of 20, 17, 15 and 14 tokens, images in 0 and 2
     one, two, three = split_of(model, max_tokens=34)(batch)
     assert one["image_grid_thw"].tolist() == [[1, 4, 4]] and one["pixel_values"].shape[0] == 16
     assert two["input_ids"].shape == (2, 17) and two["image_grid_thw"].tolist() == [[1, 8, 4]]
@@ -138,7 +141,9 @@ def test_bad_input(zoo):
         Batching(window=0)
     with pytest.raises(ConfigError, match="Mlp has no token embedding, so its samples have no lengths"):
         Batching().apply(zoo["mlp"].build())
-    with pytest.raises(DataError, match="row 0 of the batch has 12 tokens, more than batching.max_tokens=10") as caught:
+    with pytest.raises(
+        DataError, match=r"row 0 of the batch has 12 tokens, more than batching\.max_tokens=10"
+    ) as caught:
         run(zoo["gpt2"], ["batching(max_tokens=10)"], zoo["gpt2"].batch(0))
     assert caught.value.hint == "set batching.max_tokens=12 or more, or shorten the sample"
     with pytest.raises(DataError, match="this tuple has no input_ids"):
@@ -151,7 +156,7 @@ def test_several_ranks_must_agree(zoo, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     batch = zoo["gpt2"].batch(0)
-    with pytest.raises(ConfigError, match="batching.max_tokens would cut each rank's batch into another number"):
+    with pytest.raises(ConfigError, match=r"batching\.max_tokens would cut each rank's batch into another number"):
         split_of(zoo["gpt2"].build(), max_tokens=24)(batch)
     assert len(split_of(zoo["gpt2"].build())(batch)) == 1
 

@@ -1,5 +1,7 @@
 """The bucketed order: every sample once, from (seed, epoch) alone, and little padding on realistic lengths."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,10 +67,7 @@ def test_the_budget_is_kept_and_nothing_is_lost(lengths, spare):
     groups = cut_by_tokens(range(len(lengths)), lengths, budget)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     assert all(len(group) * max(lengths[index] for index in group) <= budget for group in groups)
-    merged = [
-        (len(one) + len(other)) * max(lengths[one[0]], lengths[other[0]])
-        for one, other in zip(groups, groups[1:], strict=False)
-    ]
+    merged = [(len(one) + len(other)) * max(lengths[one[0]], lengths[other[0]]) for one, other in pairwise(groups)]
     assert all(size > budget for size in merged[:-1])  # no two neighbours but the last would fit together
     assert cut_by_tokens([], lengths, budget) == [] == cut_by_tokens([], lengths, None)
 
@@ -131,7 +130,9 @@ def test_lengths_come_in_any_shape():
 
 
 def test_a_budget_that_cannot_be():
-    with pytest.raises(DataError, match=r"sample 1 has 9 tokens, more than max_tokens=8\nhint: set max_tokens=9 or more"):
+    with pytest.raises(
+        DataError, match=r"sample 1 has 9 tokens, more than max_tokens=8\nhint: set max_tokens=9 or more"
+    ):
         check_budget([3, 9], 8)
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         check_budget([3], 0)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import floatline as fl
 from floatline.errors import ConfigError, FloatlineWarning
+from floatline.observe.allocations import record_allocations
 from floatline.techniques import Checkpointing
 from floatline.techniques.layers import repeated_layers
 
@@ -185,3 +186,49 @@ def test_transformers_own_checkpointing_excludes_ours(zoo):
     model.gradient_checkpointing_enable()
     with pytest.raises(ConfigError, match=r"transformers' own is on in transformer.*gradient_checkpointing_disable"):
         Checkpointing().apply(model)
+
+
+class Wide(nn.Module):
+    """Blocks of two matrix products with cheap ops between, as the compiler's partitioner likes them."""
+
+    def __init__(self, width=32, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.Tanh(), nn.GELU(), nn.Linear(4 * width, width))
+            for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def compiled(technique):
+    """Bytes alive after a compiled forward, and the loss of the third update."""
+    seen = []
+
+    def loss(model, batch):
+        value = model(batch)
+        for recording in seen:
+            recording.mark("forward")
+        return value
+
+    techniques = ["compile(backend=aot_eager_decomp_partition)", *([technique] if technique else [])]
+    step = fl.TrainStep(Wide(), torch.optim.AdamW, precision="32-true", loss=loss, techniques=techniques)
+    batch = torch.randn(128, 32, generator=torch.Generator().manual_seed(0))
+    step(batch), step(batch)
+    with record_allocations(torch.device("cpu")) as recording:
+        seen.append(recording)
+        out = step(batch)
+    return recording.marks["forward"], out.loss
+
+
+def test_when_compiled_a_budget_or_layers_or_ops_decide_what_is_kept():
+    plain, half, none = compiled(None), compiled("checkpointing(budget=0.5)"), compiled("checkpointing(budget=0)")
+    layers, matmul = compiled("checkpointing"), compiled("checkpointing(keep=matmul)")
+    assert none[0] < 0.3 * plain[0] and 0.35 * plain[0] < half[0] < 0.75 * plain[0]
+    assert layers[0] < 0.3 * plain[0] and layers[0] < matmul[0] < plain[0]
+    for run_ in (half, none, layers, matmul):
+        torch.testing.assert_close(run_[1], plain[1], rtol=1e-5, atol=1e-6)

@@ -14,9 +14,7 @@ def test_by_hand():
     assert (report.tokens, report.padded_tokens, report.baseline_padded_tokens) == (10, 11, 13)
     assert (report.padding, report.baseline_padding) == (1, 3)
     assert report.removed == pytest.approx(2 / 3)
-    assert str(report) == (
-        "padding 1 of 11 tokens (9.1%), unbucketed 3 of 13 (23.1%): 66.7% of the padding removed"
-    )
+    assert str(report) == ("padding 1 of 11 tokens (9.1%), unbucketed 3 of 13 (23.1%): 66.7% of the padding removed")
 
 
 def test_nothing_to_remove():

@@ -94,7 +94,7 @@ def test_resuming_on_another_number_of_ranks_loses_nothing(lengths, before, afte
         sampler = sampler_of(lengths, rank=rank, ranks=after)
         sampler.load_state_dict(states[0])
         seen.append(flat(sampler))
-    assert set(sum(seen, [])) == set(range(len(lengths)))
+    assert ({index for part in seen for index in part}) == set(range(len(lengths)))
 
 
 def test_the_order_depends_on_seed_and_epoch():

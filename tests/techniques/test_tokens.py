@@ -18,7 +18,10 @@ def test_the_mask_or_everything():
 
 @pytest.mark.parametrize(
     ("batch", "what"),
-    [((torch.zeros(2, 3),), "this tuple has no input_ids"), ({"input_ids": torch.zeros(3)}, r"input_ids of shape \(3,\)")],
+    [
+        ((torch.zeros(2, 3),), "this tuple has no input_ids"),
+        ({"input_ids": torch.zeros(3)}, r"input_ids of shape \(3,\)"),
+    ],
 )
 def test_a_batch_without_lengths(batch, what):
     with pytest.raises(DataError, match=f"batching needs the lengths of a batch's samples, but .*{what}") as caught:

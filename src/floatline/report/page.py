@@ -24,7 +24,7 @@ from floatline.report.need import need
 from floatline.report.overlay import compare_plots
 from floatline.report.plots import run_plots
 from floatline.report.sections import Split, facts, splits, tiles
-from floatline.report.summary import Summary, choices_of, status_words, summarize, verdict
+from floatline.report.summary import Summary, choices_of, status_words, summarize, techniques_of, verdict
 
 ROWS = 100
 
@@ -44,6 +44,7 @@ class RunPart:
     cards: list[Card]
     splits: list[Split]
     facts: list[tuple[str, str]]
+    techniques: list[tuple[str, str, str]]
     choices: list[Any]
     error: str
     rows: int = ROWS
@@ -125,6 +126,7 @@ def _part(index: int, label: str, run: RunData, runs: int) -> RunPart:
         cards=gallery(run, cards=max(CARDS // runs, 12), budget=IMAGE_BUDGET // runs) if run.samples else [],
         splits=splits(run),
         facts=facts(run),
+        techniques=techniques_of(run),
         choices=choices_of(run),
         error=str(run.info.get("error") or ""),
     )

@@ -133,6 +133,23 @@ def choices_of(run: RunData) -> list[Mapping[str, Any]]:
     return [as_mapping(choice) for choice in as_list(run.info.get("choices")) if isinstance(choice, Mapping)]
 
 
+def techniques_of(run: RunData) -> list[tuple[str, str, str]]:
+    """Return what each technique was, what it touched and what it chose, as texts."""
+    found = [as_mapping(item) for item in as_list(run.info.get("techniques")) if isinstance(item, Mapping)]
+    return [(as_text(t.get("technique")), _touched(as_list(t.get("touched"))), _notes(t)) for t in found]
+
+
+def _touched(names: list[Any]) -> str:
+    if not names:
+        return "nothing"
+    first = as_text(names[0]) if names[0] != "" else "the whole model"
+    return first if len(names) == 1 else f"{len(names)} parts, first {first}"
+
+
+def _notes(technique: Mapping[str, Any]) -> str:
+    return "; ".join(as_text(note) for note in as_list(technique.get("notes")))
+
+
 def resumed_at(run: RunData) -> list[int]:
     """Return the updates at which the run was taken up again."""
     places = [as_number(as_mapping(item).get("at_step")) for item in as_list(run.info.get("resumed"))]

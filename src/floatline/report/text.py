@@ -18,7 +18,7 @@ from floatline.report.gallery import pick
 from floatline.report.load import RunData
 from floatline.report.records import as_text
 from floatline.report.sections import splits, tiles
-from floatline.report.summary import choices_of, summarize, verdict
+from floatline.report.summary import choices_of, summarize, techniques_of, verdict
 from floatline.report.units import DASH, number_text
 
 WIDTH = 110
@@ -137,6 +137,8 @@ def _one(out: _Paper, run: RunData, label: str) -> None:
     left_out = [item for split in data for item in split.listed]
     if left_out:
         out.table(_title("Left out", len(left_out)), ("where", "reason"), left_out[:LISTED])
+    if techniques := techniques_of(run):
+        out.table("Techniques", ("technique", "touched", "notes"), techniques)
     if choices := choices_of(run):
         rows3 = [tuple(as_text(choice.get(key)) for key in ("key", "value", "reason")) for choice in choices]
         out.table("Automatic choices", ("key", "value", "reason"), rows3)

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 
 from floatline.errors import ConfigError, NonFiniteError
+from floatline.techniques.select_step import can_select, step_by_select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +82,6 @@ class Skip:
         if self.what is What.GRADIENT:
             return f"the gradient norm was {self.grad_norm} at update {self.step} (loss {self.loss:.4g})"
         return f"scaled fp16 gradients overflowed at update {self.step}; the loss scale was halved"
-
-
-def can_select(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether the optimizer leaves everything alone on a bad verdict: fused Adam and AdamW.
-
-    Fused SGD takes `found_inf` too, but a first update that it leaves out leaves its momentum uninitialised.
-    """
-    return isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def step_by_select(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """Run `step()` of a fused optimizer, which leaves parameters and state alone on the device if not `finite`."""
-    selecting: Any = optimizer
-    selecting.grad_scale = None
-    selecting.found_inf = torch.where(finite, 0.0, 1.0)
-    try:
-        optimizer.step()
-    finally:
-        del selecting.grad_scale, selecting.found_inf
 
 
 def _steps_on(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

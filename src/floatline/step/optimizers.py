@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 from floatline.errors import ConfigError
+from floatline.techniques.low_bit_adam import LowBitAdam
+from floatline.techniques.low_bit_state import plain_state
 from floatline.techniques.shards import laid_out_like
+from floatline.techniques.wrapped_optimizer import innermost
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -49,6 +52,15 @@ def make_optimizer(
             hint="pass optimizer=lambda params: torch.optim.AdamW(params, ...) instead of an optimizer",
         )
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, whichever techniques it was saved with.
+
+    Low-bit state becomes fp32 for a plain optimizer; tensors are put into shards or taken out of them.
+    """
+    state = state if isinstance(innermost(optimizer), LowBitAdam) else plain_state(state)
+    optimizer.load_state_dict(laid_out_state(state, optimizer))
 
 
 def rebind(optimizer: torch.optim.Optimizer, before: dict[int, str], model: nn.Module) -> None:

@@ -33,9 +33,10 @@ from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
 from floatline.step.exchange import share_out
 from floatline.step.guard import Guard, Sentinel
-from floatline.step.optimizers import OptimizerFactory, laid_out_state, make_optimizer, names_of, rebind
+from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.techniques import Stack, Technique
 from floatline.techniques.shards import laid_out_like
+from floatline.techniques.undisturbed import undisturbed
 
 
 class Schedule(Protocol):
@@ -154,7 +155,11 @@ class TrainStep:
         self.stack.apply(model, hardware, self._apply_precision, self.policy)
         self.ranks = self.stack.ranks
         self._names = names_of(model)
-        self._prepare_optimizer(optimizer, names)
+        try:
+            self._prepare_optimizer(optimizer, names)
+        except BaseException:  # an optimizer that a technique cannot convert
+            self.stack.undo()
+            raise
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         if getattr(self.schedule, "optimizer", self.optimizer) is not self.optimizer:
             self.schedule.optimizer = self.optimizer  # type: ignore[union-attr]  # it was made for the one replaced
@@ -220,7 +225,8 @@ class TrainStep:
         grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
         finite = self.sentinel.judge(loss, grad_norm)
         self._clip_gradients(parameters, grad_norm)
-        self.sentinel.make_update(self.optimizer, finite)
+        if not self._in_backward:  # else it was made there, and asking for the verdict would wait for the device
+            self.sentinel.make_update(self.optimizer, finite)
         self.masters.push_weights()
         self.scaling.update(loss)
         self._step_schedule()
@@ -228,6 +234,26 @@ class TrainStep:
         self.updates += 1
         self.sentinel.record(self.updates, loss, grad_norm)
         return StepOutput(loss, grad_norm, finite)
+
+    def warm_up(self, batch: Batch | list[Batch]) -> dict[str, float]:
+        """Run forward and backward of a batch without an update, so that what compiles lazily has compiled.
+
+        Weights, optimizer, buffers, gradients, random numbers and the guard are as before.
+
+        Returns:
+            What the techniques counted, as `stack.facts()`: `compile.graphs`, `compile.compile_s` ...
+
+        Raises:
+            ConfigError: The optimizer updates in the backward, so there is no backward without an update.
+        """
+        if self._in_backward:
+            raise ConfigError(
+                "a warm-up runs a backward without an update, but optimizer_in_backward updates there",
+                hint="leave the warm-up out, the first update compiles",
+            )
+        with undisturbed(self.model):
+            self._accumulate(batch if isinstance(batch, list) else self.stack.split(batch))
+        return self.stack.facts()
 
     def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Forward and backward of each micro-batch; returns the weighted loss."""
@@ -265,8 +291,9 @@ class TrainStep:
         if self.schedule is None:
             return
         with warnings.catch_warnings() if self.updates == 0 else nullcontext():
-            if self.updates == 0:  # torch takes a first update that was skipped for a wrong order of calls
+            if self.updates == 0:  # torch takes a skipped first update, or a replaced optimizer, for a wrong order
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                warnings.filterwarnings("ignore", message=r"Seems like `optimizer.step\(\)` has been overridden")
             self.schedule.step()
 
     def _clip_gradients(self, parameters: list[torch.Tensor], grad_norm: torch.Tensor) -> None:
@@ -296,7 +323,7 @@ class TrainStep:
         Tensors may be whole or in shards, whichever way this step has them.
         """
         self.updates = state["updates"]
-        self.optimizer.load_state_dict(laid_out_state(state["optimizer"], self.optimizer))
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaling.load_state_dict(state["scaling"])
         masters = zip(state["masters"], self.masters.state(), strict=True)
         self.masters.load_state([laid_out_like(saved, master) for saved, master in masters])

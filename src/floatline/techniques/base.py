@@ -93,6 +93,7 @@ class Technique:
     Attributes:
         name: The technique's name in recipes and tables.
         stage: When it is applied.
+        order: Its place among the techniques of one stage; lower first.
         exact: True where loss, gradients and updates are bit for bit those of the plain step.
         conflicts: Name of another technique -> why they exclude each other, and what to do.
 
@@ -102,6 +103,7 @@ class Technique:
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    order: ClassVar[int] = 0
     exact: ClassVar[bool] = False
     conflicts: ClassVar[Mapping[str, str]] = {}
 

@@ -18,8 +18,9 @@ whose computation mixes rows (batch norm).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -51,7 +52,9 @@ class Batching(Technique):
 
     name = "batching"
     stage = Stage.LAYOUT
-    conflicts = {"packing": "packed rows hold no padding, so nothing is left to sort; packing(max_tokens=...) cuts as well"}
+    conflicts: ClassVar[Mapping[str, str]] = {
+        "packing": "packed rows hold no padding, so nothing is left to sort; packing(max_tokens=...) cuts as well"
+    }
 
     max_tokens: int | None = None
     window: int = 50

@@ -1,9 +1,9 @@
 """Say whether a model can be trained on packed rows, and why not.
 
 transformers tells packed samples apart by `position_ids` that start again (masking_utils), but only in models that
-hand theirs to the function that builds the mask. Nothing in a model's interface says whether it does, and running a probe
-is out of the question for a model whose weights do not exist yet (the planner's). So the forward functions are read: one
-of them must build a causal mask and name `position_ids` in that call. Tests hold this against real outputs.
+hand theirs to the function that builds the mask. Nothing in a model's interface says whether it does, and a probe
+cannot run in a model whose weights do not exist yet (the planner's). So the forward functions are read: one of them
+must build a causal mask and name `position_ids` in that call. Tests hold this against real outputs.
 
 Not covered: models with a mask of their own making; they are refused.
 """
@@ -14,7 +14,6 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -41,11 +40,11 @@ def why_not_packable(model: nn.Module) -> str | None:
         return f"{kind} has {layer} layers, whose state runs from one sample of a row into the next"
     if "position_ids" not in inspect.signature(type(inner).forward).parameters:
         return f"{kind} takes no position_ids, so it cannot tell the samples of a row apart"
-    if not any(_masks_by_position(type(module)) for module in inner.modules() if is_transformers(module)):
+    kinds = {type(module) for module in inner.modules() if is_transformers(module)}
+    if not any(map(_masks_by_position, kinds)):
         return f"{kind} does not build its attention mask from position_ids, samples of a row would see each other"
-    if any(hasattr(module, "get_rope_index") for module in inner.modules()) and not any(
-        "shape[0] == 4" in (_source(type(module)) or "") for module in inner.modules() if is_transformers(module)
-    ):
+    three_dimensional = any(hasattr(module, "get_rope_index") for module in inner.modules())
+    if three_dimensional and not any("shape[0] == 4" in (_source(one) or "") for one in kinds):
         return f"{kind} takes no plain positions beside its three-dimensional ones"
     return None
 
@@ -62,7 +61,6 @@ def _recurrent_layer(model: nn.Module) -> str | None:
     return None
 
 
-@cache
 def _source(kind: type[nn.Module]) -> str | None:
     """Return the text of a class's forward; None where there is no source file."""
     try:
@@ -71,9 +69,8 @@ def _source(kind: type[nn.Module]) -> str | None:
         return None
 
 
-@cache
 def _masks_by_position(kind: type[nn.Module]) -> bool:
-    """Say whether a class's forward builds a causal mask from `position_ids`: in the call, or in a dict of arguments."""
+    """Say whether a class's forward builds a causal mask from `position_ids`, in a call or a dict of arguments."""
     source = _source(kind)
     if source is None or "causal_mask" not in source:
         return False

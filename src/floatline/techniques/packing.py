@@ -2,10 +2,10 @@
 
 Nothing is computed that is thrown away. Two things must hold for the row to mean what the batch meant:
 
-- A token sees its own sample only. transformers builds block-diagonal masks (SDPA, eager, FlexAttention) or variable-length
-  calls (FlashAttention) by itself where `position_ids` start again at 0 in each sample, there is no `attention_mask` and
-  no cache; so that is what the row carries. Qwen-VL's three-dimensional positions are computed sample by sample from
-  the padded batch, and the plain ones put before them, as its text model takes them: (4, 1, T).
+- A token sees its own sample only. transformers builds block-diagonal masks (SDPA, eager, FlexAttention) or
+  variable-length calls (FlashAttention) by itself where `position_ids` start again at 0 in each sample, there is no
+  `attention_mask` and no cache; so that is what the row carries. Qwen-VL's three-dimensional positions are computed
+  sample by sample from the padded batch, and the plain ones put before them, as its text model takes them: (4, 1, T).
 - No sample's last token is asked for the next sample's first one: the label at each sample's start is -100. That label
   was no target in the padded batch either (the loss shifts labels by one), so the count of targets stays.
 
@@ -19,9 +19,9 @@ through the row), masks with holes, `position_ids` of the caller's own, several 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -55,7 +55,9 @@ class Packing(Technique):
 
     name = "packing"
     stage = Stage.LAYOUT
-    conflicts = {"batching": "packed rows hold no padding, so nothing is left to sort; packing(max_tokens=...) cuts as well"}
+    conflicts: ClassVar[Mapping[str, str]] = {
+        "batching": "packed rows hold no padding, so nothing is left to sort; packing(max_tokens=...) cuts as well"
+    }
 
     max_tokens: int | None = None
 

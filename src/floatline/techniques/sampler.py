@@ -5,9 +5,9 @@
     for epoch in range(epochs):
         for batch in loader: ...                # the sampler goes on to the next epoch by itself
 
-There is one global sequence of batches an epoch, known from (seed, epoch). With R ranks, rank r takes every r-th of each
-R consecutive batches, so the ranks of one moment get batches of neighbouring lengths, and R ranks see what one sees.
-Every rank has the same number of batches: where their number is no multiple of R, the last ones are split.
+There is one global sequence of batches an epoch, known from (seed, epoch). With R ranks, rank r takes the r-th of each
+R consecutive batches, so R ranks see what one sees. Every rank has the same number of batches: where their number is no
+multiple of R, the last ones are split.
 
 A position is an epoch and the number of global batches drawn in it, so it can be resumed on another number of ranks.
 The epoch advances when an iterator has been exhausted; an iterator that is left early starts its epoch again.

@@ -36,7 +36,7 @@ class Stack:
     """
 
     def __init__(self, techniques: Iterable[Technique | str] = ()) -> None:
-        self.techniques = sorted(map(make_technique, techniques), key=lambda technique: technique.stage)
+        self.techniques = sorted(map(make_technique, techniques), key=lambda t: (t.stage, t.order))
         self.applied: list[Applied] = []
         self._undos: list[Callable[[], None]] = []
         for index, one in enumerate(self.techniques):

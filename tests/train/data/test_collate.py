@@ -62,6 +62,20 @@ def test_micro_batches_hold_every_sample_once():
     assert MicroBatches(Collator(0), 3)(samples)["input_ids"].tolist() == [[1, 0], [2, 2], [3, 0]]
 
 
+def test_micro_batches_by_tokens():
+    samples = [encoded([1] * length) for length in (2, 7, 3, 4)]
+    batches = MicroBatches(Collator(0), max_tokens=8)(samples)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 7), (2, 4), (1, 2)]
+    assert MicroBatches(Collator(0), max_tokens=28)(samples)["input_ids"].shape == (4, 7)
+    wide = MicroBatches(Collator(0, pad_to_multiple_of=8), max_tokens=16)(samples)
+    assert [tuple(batch["input_ids"].shape) for batch in wide] == [(2, 8), (2, 8)]
+    with pytest.raises(DataError, match="sample 1 has 7 tokens, more than max_tokens=6"):
+        MicroBatches(Collator(0), max_tokens=6)(samples)
+    for limits in ({}, {"size": 2, "max_tokens": 8}):
+        with pytest.raises(ConfigError, match="give one of the two"):
+            MicroBatches(Collator(0), **limits)
+
+
 def test_token_counts_leave_out_padding_and_prompt():
     sample = {**encoded([1, 2, 3]), "labels": torch.tensor([-100, -100, 3])}
     batch = Collator(0)([sample, encoded([4])])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from floatline.train.data.images import BadImage, open_image
+from floatline.train.data.images import BadImage, image_size, open_image
 
 
 def test_images_come_as_rgb(tmp_path, picture):
@@ -56,3 +56,19 @@ def test_decompression_bombs_are_refused(tmp_path, picture, monkeypatch):
     with pytest.raises(BadImage, match="decompression bomb") as caught:
         open_image(path)
     assert caught.value.hint == "resize the image"
+
+
+def test_the_size_is_that_of_the_upright_image(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "turned.jpg"
+    image = Image.new("RGB", (30, 20))
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(path, exif=exif)
+        opened = open_image(path)
+        assert image_size(path) == (opened.height, opened.width)
+    path.write_bytes(b"no image")
+    with pytest.raises(BadImage, match="cannot be read"):
+        image_size(path)

@@ -3,13 +3,15 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from itertools import chain, islice
 from typing import Any
 
 import pytest
 import torch
 
 from floatline.errors import ConfigError, DataError
-from floatline.train.data import Collator, SampleDataset, SampleEncoder, make_loader, read_samples
+from floatline.techniques import Batching
+from floatline.train.data import Collator, MicroBatches, SampleDataset, SampleEncoder, make_loader, read_samples
 
 EPOCHS = 3
 
@@ -192,3 +194,126 @@ def test_importing_the_data_part_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+class Watched(Numbers):
+    """Notes which samples were loaded."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.loaded: set[int] = set()
+
+    def __getitem__(self, index: int) -> int:
+        self.loaded.add(index)
+        return index
+
+
+TOKENS = [1 + (7 * index) % 20 for index in range(26)]
+BUCKETING = {
+    "none": {},
+    "order": {"bucketing": Batching(window=3), "lengths": TOKENS},
+    "tokens": {"bucketing": Batching(window=2, max_tokens=24), "lengths": TOKENS},
+}
+
+
+def flat(batch: Any) -> list[int]:
+    return [index for part in batch for index in (part if isinstance(part, list) else [part])]
+
+
+def shared(ranks: int, way: str, **changes: Any) -> list[Any]:
+    settings = {"batch_size": 4, "drop_last": True, **BUCKETING[way], **changes}
+    return [loader_of(26, rank=rank, ranks=ranks, **settings) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("way", BUCKETING)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_number_of_ranks_makes_the_same_updates(way, workers):
+    (alone,) = shared(1, way)
+    others = {ranks: shared(ranks, way, num_workers=workers) for ranks in (2, 4)}
+    for _ in range(2):
+        updates = [sorted(flat(batch)) for batch in alone]
+        assert len(updates) == 6 == len(alone)
+        for loaders in others.values():
+            parts = [list(loader) for loader in loaders]
+            assert [sorted(chain.from_iterable(map(flat, step))) for step in zip(*parts, strict=True)] == updates
+
+
+@pytest.mark.parametrize("way", BUCKETING)
+def test_a_rank_loads_its_own_samples_only(way):
+    sets = []
+    for rank in range(2):
+        data = Watched(26)
+        settings = {"batch_size": 4, "collate": list, "seed": 5, "rank": rank, "ranks": 2, **BUCKETING[way]}
+        drawn = [index for batch in make_loader(data, **settings) for index in flat(batch)]
+        assert data.loaded == set(drawn)
+        sets.append(data.loaded)
+    assert not sets[0] & sets[1] and len(sets[0] | sets[1]) == 24
+    if way != "tokens":
+        assert len(sets[0]) == len(sets[1]) == 12
+
+
+def test_micro_batches_keep_the_budget_and_are_as_many_on_each_rank():
+    for ranks in (1, 2, 4):
+        for step in zip(*shared(ranks, "tokens"), strict=True):
+            assert len({len(part) for part in step}) == 1
+            for micro in chain.from_iterable(step):
+                assert len(micro) * max(TOKENS[index] for index in micro) <= 24
+    whole = loader_of(11, bucketing=Batching(max_tokens=99), lengths=[3] * 11, drop_last=True)
+    assert all(len(batch) == 1 and len(batch[0]) == 3 for batch in whole)  # a list, also of one micro-batch
+
+
+@pytest.mark.parametrize("way", BUCKETING)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2), (1, 1)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_on_another_number_of_ranks(way, before, after, workers):
+    def updates(loaders, count=None):
+        return [sorted(chain.from_iterable(map(flat, step))) for step in islice(zip(*loaders, strict=True), count)]
+
+    whole = updates(shared(1, way))
+    first = shared(before, way, num_workers=workers)
+    done = updates(first, 3)
+    states = [saved(loader.state_dict()) for loader in first]
+    later = shared(after, way, num_workers=workers)
+    for loader in later:
+        loader.load_state_dict(states[-1])
+    assert done + updates(later) == whole
+
+
+def test_bucketing_puts_like_lengths_together():
+    def spread(way):
+        return sum(max(TOKENS[i] for i in b) - min(TOKENS[i] for i in b) for b in map(flat, shared(1, way)[0]))
+
+    assert spread("order") < 0.6 * spread("none")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(range(9))
+
+
+def test_bad_bucketing_is_an_error_with_a_way_out():
+    some = {"batch_size": 3, "collate": list}
+    with pytest.raises(DataError, match=r"batching\(max_tokens=8\) needs the length .* Stream is a stream") as caught:
+        make_loader(Stream(), bucketing=Batching(max_tokens=8), **some)
+    assert "give the number of tokens of each sample" in caught.value.hint
+    with pytest.raises(DataError, match="Stream is a stream without lengths, so its position cannot be saved"):
+        make_loader(Stream(), **some)
+    with pytest.raises(DataError, match="lengths is None"):
+        loader_of(bucketing=Batching())
+    with pytest.raises(DataError, match="3 lengths for 11 samples"):
+        loader_of(bucketing=Batching(), lengths=[1, 2, 3])
+    with pytest.raises(DataError, match=r"sample 4 has 9 tokens, more than batching\.max_tokens=8") as caught:
+        loader_of(bucketing=Batching(max_tokens=8), lengths=[1] * 4 + [9] + [1] * 6)
+    assert caught.value.hint == "set batching.max_tokens=9 or more, or shorten the sample"
+    with pytest.raises(ConfigError, match="batches are cut twice: by batching"):
+        loader_of(bucketing=Batching(max_tokens=8), lengths=[1] * 11, collate=MicroBatches(Collator(0), 2))
+
+
+def test_bad_ranks_are_errors():
+    with pytest.raises(ConfigError, match="a batch of 3 samples cannot be shared out evenly to 2 ranks") as caught:
+        loader_of(ranks=2, drop_last=True)
+    assert "train.batch_size=4" in caught.value.hint
+    with pytest.raises(ConfigError, match="several ranks need drop_last=True"):
+        loader_of(batch_size=4, ranks=2)
+    with pytest.raises(ConfigError, match="rank=2 of ranks=2"):
+        loader_of(batch_size=4, rank=2, ranks=2, drop_last=True)

@@ -3,8 +3,8 @@
 Texts are tokenised. An image becomes as many tokens as the processor says it would for its size, which stands in the
 file's header; decoding and patching thousands of images would take longer than many a run. transformers' processors
 answer that in `_get_num_multimodal_tokens` (inference servers rely on it as well). It is held against real encodings of
-the first samples with images, and of one with the most; a processor that has no answer, or another one, is not asked again and
-samples are encoded in full.
+the first samples with images, and of one with the most; a processor that has no answer, or another one, is not asked
+again, and samples with images are encoded in full.
 
 Not covered: lengths kept from run to run.
 """

@@ -12,8 +12,8 @@ next loop starts the next one; saved after its loop has ended, the first loop st
 torchdata restores its own state only with the same number of workers. Here the position alone is taken out of it and
 given to the sampler, so a run may resume with more workers, or none, and on more ranks or fewer.
 
-With several ranks each has a loader of its own over the same order. It loads its share of every update and never touches
-the others' samples; all ranks have equally many micro-batches, for they wait for each other in each.
+With several ranks each has a loader of its own over the same order. It loads its share of every update and never
+touches the others' samples; all ranks have equally many micro-batches, for they wait for each other in each.
 
 Not covered: random augmentation (workers are not reseeded to where they were). An epoch ends by
 exhausting the loader: one that is left by `break` is begun again without workers, but with workers may be skipped, for
@@ -76,8 +76,8 @@ def make_loader(
         ranks: Number of processes; each gets its share of every batch.
 
     Returns:
-        A StatefulDataLoader. It draws nothing from torch's global random numbers. It yields what `collate` makes of this
-        rank's share of a batch; with `max_tokens` and more than one micro-batch, a list of that.
+        A StatefulDataLoader. It draws nothing from torch's global random numbers. It yields what `collate` makes of
+        this rank's share of a batch; with `max_tokens`, always a list of micro-batches.
 
     Raises:
         DataError: No samples, or with `drop_last` fewer than one batch; bucketing without lengths; a sample longer than
@@ -93,7 +93,8 @@ def make_loader(
     known = _lengths(lengths, size, max_tokens) if bucketing else None
     if max_tokens is not None and isinstance(collate, MicroBatches):
         raise ConfigError(
-            f"batches are cut twice: by {bucketing} and by MicroBatches", hint="pass the collator that MicroBatches wraps"
+            f"batches are cut twice: by {bucketing} and by MicroBatches",
+            hint="pass the collator that MicroBatches wraps",
         )
     if num_workers:
         # The tokenizers library warns at each fork unless told so; a worker encodes one sample at a time anyway.
@@ -162,13 +163,16 @@ class _Groups(Dataset[list[Any]]):
 
 
 class _CollateGroups:
-    """Collates each micro-batch; a single one is the batch itself. A class, so that workers may be spawned."""
+    """Collates each micro-batch; also of a single one a list, which the step leaves as it is.
+
+    A class, so that workers may be spawned.
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, groups: list[list[Any]]) -> Any:
-        return self.collate(groups[0]) if len(groups) == 1 else [self.collate(group) for group in groups]
+    def __call__(self, groups: list[list[Any]]) -> list[Any]:
+        return [self.collate(group) for group in groups]
 
 
 def _check_size(size: int, batch_size: int, drop_last: bool) -> None:

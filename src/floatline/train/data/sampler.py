@@ -137,7 +137,7 @@ class EpochSampler(Sampler[int]):
         if saved != self._bucketing:
             raise DataError(
                 f"the data position was saved with length bucketing {saved or 'off'}, now {self._bucketing or 'off'}",
-                hint="resume with the settings, data and tokenizer of the interrupted run, or start a new run directory",
+                hint="resume with the settings and data of the interrupted run, or start a new run directory",
             )
 
 
@@ -182,8 +182,8 @@ class UpdateSampler(Sampler[Update]):
 
     Args:
         samples: The order of all ranks' samples; its `batch_size` is that of an update.
-        max_tokens: Most padded tokens of a micro-batch; needs the lengths. Then a part is a list of micro-batches, equally
-            many on each rank. None gives a list of samples.
+        max_tokens: Most padded tokens of a micro-batch; needs the lengths. Then a part is a list of micro-batches,
+            equally many on each rank. None gives a list of samples.
         rank: This process's number, from 0.
         ranks: Number of processes.
 
@@ -199,7 +199,8 @@ class UpdateSampler(Sampler[Update]):
 
     def __len__(self) -> int:
         """Updates of an epoch."""
-        return -(-len(self.samples) // self.samples.batch_size)
+        batch_size = self.samples.batch_size
+        return (len(self.samples) + batch_size - 1) // batch_size
 
     def __iter__(self) -> UpdateIterator:
         return UpdateIterator(self)

@@ -1,0 +1,58 @@
+"""Stochastic rounding: pure bf16 training in which small updates happen with small probability.
+
+A weight is rounded up or down at random so that its mean is the exact result: 8 bytes a parameter with Adam (weights,
+gradients and two moments in bf16), half of fp32 training. The price is noise of about half a spacing in each weight;
+`kahan` has none and costs 2 bytes more.
+
+It is for `bf16-true` and works with any optimizer of torch.optim; wide_step.py says how. Where the weights are fp32
+it changes no bit, and a note says so. Two runs with the same seed round alike.
+
+torchao's `_AdamW(bf16_stochastic_round=True)` rounds the weights the same way, but its second moment to nearest
+(which stands still under beta2 = 0.999), with torch's global random numbers, and for AdamW only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from floatline.hardware import Hardware
+from floatline.techniques.base import Applied, Stage, Technique
+from floatline.techniques.kahan import SHARDED, apply_wide_step
+from floatline.techniques.wide_step import Stochastic
+
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticRounding(Technique):
+    """Round bf16 weights at random, with the mean unchanged.
+
+    Args:
+        moments: Format of the optimizer's moments between steps; "fp32" costs 4 more bytes a parameter with Adam.
+        bucket_bytes: Bound on the fp32 copies during a step; a larger parameter is stepped alone.
+        seed: Of the random bits, which are none of torch's own.
+
+    Raises:
+        ConfigError: A bucket below 1 byte or a negative seed.
+    """
+
+    name = "stochastic_rounding"
+    stage = Stage.OPTIMIZER
+    conflicts: ClassVar = {
+        "low_bit_optimizer": "the low-bit optimizer rounds weights itself; write "
+        "low_bit_optimizer(stochastic_rounding=True)",
+        "sharding": SHARDED,
+    }
+
+    moments: Literal["bf16", "fp32"] = "bf16"
+    bucket_bytes: int = 64 * 2**20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("bucket_bytes", 1)
+        self.at_least("seed", 0)
+
+    def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
+        return apply_wide_step(self, model, Stochastic(), self.moments, self.bucket_bytes, self.seed)
