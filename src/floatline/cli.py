@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from floatline.errors import FloatlineError
+
+if TYPE_CHECKING:
+    from floatline.train.loop import RunResult
 
 app = typer.Typer(
     name="floatline",
@@ -32,8 +35,9 @@ def main() -> NoReturn:
     try:
         app(prog_name="floatline")
     except FloatlineError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
+        if not error.told:
+            print(f"error: {error.message}", file=sys.stderr)
+        if error.hint and not error.told:
             print(f"hint: {error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -60,18 +64,25 @@ def train(
     """
     from floatline.train import load_recipe
     from floatline.train import train as run_training
+    from floatline.train.launch import told_by_the_first
 
-    loaded = load_recipe(recipe, overrides or [])
+    with told_by_the_first():
+        loaded = load_recipe(recipe, overrides or [])
     command = " ".join(["floatline", "train", str(recipe), *(overrides or [])])
     result = run_training(loaded, command=command)
+    if result.rank == 0:
+        _report_run(result, as_json)
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _report_run(result: RunResult, as_json: bool) -> None:
     page = _try_report(result.path)
     if as_json:
         _print_json({"run": str(result.path), "status": result.status, "result": result.evaluation, "report": page})
     else:
         print(_train_summary(result.path, result.status))
         print(f"report: {page}" if page else f"run: {result.path}")
-    if result.status == "interrupted":
-        raise typer.Exit(130)
 
 
 def _train_summary(path: Path, status: str) -> str:

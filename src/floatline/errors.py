@@ -20,6 +20,8 @@ class FloatlineError(Exception):
     """
 
     exit_code = 2
+    told = False
+    """True where another process of the run shows this error to the user."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -62,6 +64,12 @@ class NonFiniteError(FloatlineError, ArithmeticError):
 
 class MemoryExceededError(FloatlineError, RuntimeError):
     """The run does not fit the device's memory."""
+
+    exit_code = 1
+
+
+class RankLostError(FloatlineError, RuntimeError):
+    """One of the processes that train together is gone."""
 
     exit_code = 1
 

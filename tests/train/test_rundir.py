@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from floatline.errors import RunDirectoryError
-from floatline.train.rundir import RunDirectory
+from floatline.techniques import OneRank
+from floatline.train.rundir import RunDirectory, SilentRunDirectory, open_run_directory
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
@@ -61,3 +62,32 @@ def test_replaced_files_are_whole_and_old_ones_survive_a_failed_write(tmp_path, 
             run.write_json("run.json", {"a": 2})
         assert run.read_json("run.json") == {"a": 1}
         assert run.read_json("none.json") == {}
+
+
+class Second(OneRank):
+    """Rank 1, whose rank 0 has opened the directory or failed to."""
+
+    rank, size = 1, 2
+
+    def on_first(self, action):
+        return None
+
+
+def test_other_ranks_have_a_directory_that_writes_nothing(tmp_path):
+    path = tmp_path / "run"
+    with open_run_directory(path, Second()) as silent:
+        silent.write_json("run.json", {}), silent.log({"step": 1}), silent.cut_metrics(0)
+        assert not path.exists() and silent.read_json("run.json") == {} and silent.event_writer(0) is None
+        assert silent.checkpoints == path / "checkpoints"
+
+
+def test_a_lost_rank_is_noted_by_who_holds_the_lock_or_can_have_it(tmp_path):
+    def note(rundir):
+        rundir.write_json("run.json", {"status": "failed"})
+
+    second = SilentRunDirectory(tmp_path)
+    with RunDirectory(tmp_path) as first:
+        assert not second.note_lost_rank(note) and not (tmp_path / "run.json").exists()
+        assert first.note_lost_rank(note)
+    (tmp_path / "run.json").unlink()
+    assert second.note_lost_rank(note) and first.read_json("run.json") == {"status": "failed"}

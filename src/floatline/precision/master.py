@@ -67,7 +67,7 @@ class MasterWeights(NoMasterWeights):
     def push_weights(self) -> None:
         """Round the masters down into the model."""
         if self.pairs:
-            torch._foreach_copy_([p for p, _ in self.pairs], [m for _, m in self.pairs])
+            torch._foreach_copy_([_on_this_rank(p) for p, _ in self.pairs], [_on_this_rank(m) for _, m in self.pairs])
 
     def state(self) -> list[torch.Tensor]:
         """Return the masters in the optimizer's order, for a checkpoint."""
@@ -87,3 +87,8 @@ class MasterWeights(NoMasterWeights):
         for parameter, master in self.pairs:
             self._move_state(master, parameter)
         self.pairs.clear()
+
+
+def _on_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor in shards, which share one layout; others as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

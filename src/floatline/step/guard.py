@@ -84,6 +84,12 @@ class Skip:
         return f"scaled fp16 gradients overflowed at update {self.step}; the loss scale was halved"
 
 
+def _steps_on(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Say whether the optimizer's parameters are on `device`; offloaded ones are in host memory."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return next((parameter.device == device for parameter in parameters), True)
+
+
 class Sentinel:
     """The guard at work: judges updates, makes the good ones, counts the rest.
 
@@ -111,7 +117,7 @@ class Sentinel:
 
     def make_update(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
         """Run `optimizer.step()` if the verdict is good, without waiting where the optimizer can select."""
-        if finite.is_cuda and can_select(optimizer):
+        if finite.is_cuda and can_select(optimizer) and _steps_on(optimizer, finite.device):
             step_by_select(optimizer, finite)
         elif finite:
             optimizer.step()

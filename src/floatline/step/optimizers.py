@@ -16,6 +16,7 @@ from torch import nn
 from floatline.errors import ConfigError
 from floatline.techniques.low_bit_adam import LowBitAdam
 from floatline.techniques.low_bit_state import plain_state
+from floatline.techniques.shards import laid_out_like
 from floatline.techniques.wrapped_optimizer import innermost
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -54,8 +55,12 @@ def make_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict, whichever techniques it was saved with; low-bit state becomes fp32 for a plain optimizer."""
-    optimizer.load_state_dict(state if isinstance(innermost(optimizer), LowBitAdam) else plain_state(state))
+    """Load a state dict, whichever techniques it was saved with.
+
+    Low-bit state becomes fp32 for a plain optimizer; tensors are put into shards or taken out of them.
+    """
+    state = state if isinstance(innermost(optimizer), LowBitAdam) else plain_state(state)
+    optimizer.load_state_dict(laid_out_state(state, optimizer))
 
 
 def rebind(optimizer: torch.optim.Optimizer, before: dict[int, str], model: nn.Module) -> None:
@@ -78,5 +83,24 @@ def _successor(
     if id(parameter) in present or replaced is None:
         return parameter
     if parameter in optimizer.state and replaced.shape == parameter.shape:
-        optimizer.state[replaced] = optimizer.state.pop(parameter)
+        optimizer.state[replaced] = _laid_out(optimizer.state.pop(parameter), replaced)
     return replaced
+
+
+def laid_out_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state dict with its tensors in the layout of the parameters they belong to."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(saved.get("state", ())) > len(parameters) or not all(isinstance(i, int) for i in saved.get("state", ())):
+        return saved  # not in torch's own form
+    state = {index: _laid_out(values, parameters[index]) for index, values in saved["state"].items()}
+    return {**saved, "state": state}
+
+
+def _laid_out(state: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """Return a parameter's state in the layout that the parameter now has: in shards, or whole."""
+    return {
+        key: laid_out_like(value, parameter)
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }

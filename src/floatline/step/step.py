@@ -31,9 +31,11 @@ from floatline.precision import (
 )
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
+from floatline.step.exchange import share_out
 from floatline.step.guard import Guard, Sentinel
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.techniques import Stack, Technique
+from floatline.techniques.shards import laid_out_like
 from floatline.techniques.undisturbed import undisturbed
 
 
@@ -150,8 +152,9 @@ class TrainStep:
         self._refuse_techniques()
         names = names_of(model)
         self._exact: dict[str, torch.Tensor] = {}
-        self.stack.apply(model, hardware, self._apply_precision)
+        self.stack.apply(model, hardware, self._apply_precision, self.policy)
         self.ranks = self.stack.ranks
+        self._names = names_of(model)
         try:
             self._prepare_optimizer(optimizer, names)
         except BaseException:  # an optimizer that a technique cannot convert
@@ -186,7 +189,9 @@ class TrainStep:
         if base.master_weights:
             now = dict(self.model.named_parameters())
             exact: dict[torch.Tensor, torch.Tensor] = {
-                now[name]: value for name, value in self._exact.items() if now[name].shape == value.shape
+                now[name]: laid_out_like(value, now[name])
+                for name, value in self._exact.items()
+                if now[name].shape == value.shape
             }
             self.masters = MasterWeights(made, exact)
             self._exact.clear()
@@ -217,6 +222,7 @@ class TrainStep:
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = self._in_backward.gradient_norm() if self._in_backward else total_norm(parameters)
+        grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
         finite = self.sentinel.judge(loss, grad_norm)
         self._clip_gradients(parameters, grad_norm)
         if not self._in_backward:  # else it was made there, and asking for the verdict would wait for the device
@@ -252,9 +258,7 @@ class TrainStep:
     def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Forward and backward of each micro-batch; returns the weighted loss."""
         total: torch.Tensor | None = None
-        for micro_batch, weight in zip(micro_batches, self._weights(micro_batches), strict=True):
-            if _is_zero(weight):  # no targets: its loss is 0/0 and would make the others' NaN
-                continue
+        for micro_batch, weight in self._weighted(micro_batches):
             with self.stack.during():
                 with self.stack.around(), self.precision.autocast():
                     loss = self.loss(self.model, move(micro_batch, self.device))
@@ -268,20 +272,20 @@ class TrainStep:
             raise ConfigError("an update needs at least one micro-batch, the list is empty")
         return self.ranks.sum(total) / self.ranks.size if self.ranks.size > 1 else total
 
-    def _weights(self, micro_batches: list[Batch]) -> list[Any]:
-        """Each micro-batch's share of the targets; a single one needs no counting.
+    def _weighted(self, micro_batches: list[Batch]) -> list[tuple[Batch, Any]]:
+        """Return the micro-batches that are to be run, each with its share of the targets.
 
-        Gradients of several ranks are averaged, so that shares of all ranks' targets are weighted by their number.
+        A single one needs no counting. One without targets is left out: its loss is 0/0 and would make the others' NaN.
         """
-        if len(micro_batches) < 2 and self.ranks.size == 1:
-            return [None] * len(micro_batches)
+        if self.ranks.size > 1:
+            return share_out(micro_batches, [self.count(micro_batch) for micro_batch in micro_batches], self.ranks)
+        if len(micro_batches) < 2:
+            return [(micro_batch, None) for micro_batch in micro_batches]
         counts = [self.count(micro_batch) for micro_batch in micro_batches]
         total = sum(counts)
-        if self.ranks.size > 1:
-            total = self.ranks.sum(torch.as_tensor(total, device=self.device)) / self.ranks.size
         if _is_zero(total):  # nothing to learn from: one of them shows it, and the guard skips the update
-            return [None] + [0] * (len(counts) - 1)
-        return [count / total for count in counts]
+            return [(micro_batches[0], None)]
+        return [(m, count / total) for m, count in zip(micro_batches, counts, strict=True) if not _is_zero(count)]
 
     def _step_schedule(self) -> None:
         if self.schedule is None:
@@ -299,9 +303,8 @@ class TrainStep:
     def undo(self) -> None:
         """Take precision and techniques off the model again; the optimizer gets the model's parameters back."""
         self.masters.undo()
-        names = names_of(self.model)
         self.stack.undo()
-        rebind(self.optimizer, names, self.model)
+        rebind(self.optimizer, self._names, self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything an exact resume needs besides the model's own weights."""
@@ -315,11 +318,15 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, after the model's weights were loaded."""
+        """Load what `state_dict` returned, after the model's weights were loaded.
+
+        Tensors may be whole or in shards, whichever way this step has them.
+        """
         self.updates = state["updates"]
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaling.load_state_dict(state["scaling"])
-        self.masters.load_state(state["masters"])
+        masters = zip(state["masters"], self.masters.state(), strict=True)
+        self.masters.load_state([laid_out_like(saved, master) for saved, master in masters])
         self.sentinel.load_state_dict(state["guard"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])

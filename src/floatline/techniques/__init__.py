@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from floatline.techniques.base import Applied, Stage, Technique
+from floatline.techniques.groups import fake_ranks
 from floatline.techniques.ranks import OneRank, RankGroup
 from floatline.techniques.registry import HOMES, make_technique, technique_class
 from floatline.techniques.stack import Stack
@@ -27,6 +28,7 @@ __all__ = [
     "Stack",
     "Stage",
     "Technique",
+    "fake_ranks",
     "make_technique",
     "technique_class",
 ]

@@ -148,12 +148,13 @@ class Technique:
         """Return why this cannot run in a step of that precision and clipping, and what to do; None where it can."""
         return None
 
-    def apply(self, model: nn.Module, hardware: Hardware | None = None) -> Applied:
+    def apply(self, model: nn.Module, hardware: Hardware | None = None, policy: Policy | None = None) -> Applied:
         """Apply to `model` in place.
 
         Args:
             model: Any module; its weights may be trained already.
             hardware: Whose rules apply; None is the device that the model is on.
+            policy: The precision of the step that this is for, where there is one.
 
         Returns:
             What was touched, what the step must do, and the undo.
@@ -173,7 +174,7 @@ class Technique:
         hardware = hardware or hardware_of(model)
         if not (verdict := self.supports(hardware, model)):
             raise ConfigError(f"{self} cannot be applied: {verdict.reason}", hint=f"leave {self.name} out")
-        applied = self._apply(model, hardware)
+        applied = self._apply(model, hardware) if policy is None else self._apply_in(policy, model, hardware)
         if not applied.touched:
             reason = "; ".join(applied.notes) or f"nothing in {type(model).__name__} is of the kind it changes"
             warnings.warn(f"{self} touched nothing: {reason}", FloatlineWarning, stacklevel=2)
@@ -181,6 +182,10 @@ class Technique:
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         raise NotImplementedError
+
+    def _apply_in(self, policy: Policy, model: nn.Module, hardware: Hardware) -> Applied:
+        """Apply in a step of that precision; most techniques do not mind which."""
+        return self._apply(model, hardware)
 
 
 def _marked(applied: Applied, model: nn.Module) -> Applied:

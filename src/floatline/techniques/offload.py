@@ -130,6 +130,8 @@ class _Hooks:
     def _worth_it(self, tensor: torch.Tensor) -> bool:
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
             return False  # a Parameter, or a subclass whose parts only it knows
+        if isinstance(tensor._base, nn.Parameter):
+            return False  # a view of a weight; a sharded model's are gathered only now, so `active` has not seen them
         if tensor.nbytes < max(1, self.technique.min_bytes) or tensor.is_inference():
             return False
         if span(tensor) < tensor.numel():  # expanded: it would grow on the way

@@ -15,6 +15,7 @@ from torch import nn
 
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware
+from floatline.precision import Policy
 from floatline.techniques.base import Applied, Stage, Technique, refuse_conflict
 from floatline.techniques.ranks import OneRank
 from floatline.techniques.registry import make_technique
@@ -52,23 +53,30 @@ class Stack:
         """Return the technique of that name, None where there is none."""
         return next((technique for technique in self.techniques if technique.name == name), None)
 
-    def apply(self, model: nn.Module, hardware: Hardware, precision: Callable[[], Callable[[], None]]) -> None:
+    def apply(
+        self,
+        model: nn.Module,
+        hardware: Hardware,
+        precision: Callable[[], Callable[[], None]],
+        policy: Policy | None = None,
+    ) -> None:
         """Apply all of them.
 
         Args:
             model: Changed in place.
             hardware: Whose rules apply.
             precision: Called in the precision stage; applies a policy and returns its undo.
+            policy: That policy, for techniques that must know it.
 
         Raises:
             ConfigError: One of them cannot be applied; those before it are taken off again.
         """
         try:
             for technique in (t for t in self.techniques if t.stage < Stage.PRECISION):
-                self._add(technique.apply(model, hardware))
+                self._add(technique.apply(model, hardware, policy))
             self._undos.append(precision())
             for technique in (t for t in self.techniques if t.stage > Stage.PRECISION):
-                self._add(technique.apply(model, hardware))
+                self._add(technique.apply(model, hardware, policy))
         except BaseException:
             self.undo()
             raise

@@ -3,9 +3,10 @@
 A checkpoint is a directory `step-00000100` that is an ordinary Hugging Face model directory plus `trainer_state.pt`
 and `manifest.json`. It is written under a temporary name; every file is flushed to disk, the manifest with the
 SHA-256 of each goes last, then the directory is renamed into place. So a directory with the right name is complete
-unless the disk damaged it later, and that the checksums tell.
+unless the disk damaged it later, and that the checksums tell. Of several ranks all write their parts into the same
+temporary directory, which must be on a disk that all of them see, and rank 0 does the rest.
 
-Not covered: sharded checkpoints of several ranks.
+What is in it, and how it is read back, is weights.py's matter.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from floatline.errors import CheckpointError
+from floatline.techniques import OneRank
+from floatline.techniques.ranks import is_connection_fault
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.pt"
@@ -49,14 +52,21 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def save_checkpoint(directory: Path, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> Path:
-    """Write checkpoint `step` into `directory`; it is there whole or not at all.
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    write_model: Callable[[Path], None],
+    ranks: OneRank | None = None,
+) -> Path:
+    """Write checkpoint `step` into `directory`; it is there whole or not at all. Every rank calls this.
 
     Args:
         directory: Where checkpoints live; created if needed.
         step: Number of updates made.
-        state: Plain values and tensors, for `load_state`.
-        write_model: Called with the directory to write the model's files into.
+        state: Plain values and tensors, for `load_state`; rank 0's is written.
+        write_model: Called on every rank with the directory to write the model's files into.
+        ranks: Who writes together; None is this process alone.
 
     Returns:
         The checkpoint's path.
@@ -64,34 +74,48 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], write_mod
     Raises:
         CheckpointError: The files cannot be written (disk full, no permission). Earlier checkpoints are untouched.
     """
+    ranks = ranks or OneRank()
     final = checkpoint_path(directory, step)
     temporary = directory / f"{_TEMPORARY}{step:08d}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write_model(temporary)
-        torch.save(state, temporary / STATE)
-        _write_manifest(temporary, step)
-        _sync_directory(temporary)
-        if final.exists():  # a damaged checkpoint of the same update that was passed over on resume
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync_directory(directory)
+        ranks.on_first(lambda: _begin(temporary))
+        ranks.together(lambda: write_model(temporary))
+        ranks.on_first(lambda: _complete(temporary, final, step, state))
     except Exception as error:  # OSError, torch's RuntimeError and safetensors' own type all mean: not written
+        if ranks.size > 1 and is_connection_fault(error):
+            raise
         free = shutil.disk_usage(directory if directory.exists() else Path.cwd()).free  # before the rest is removed
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _write_error(final, error, free) from error
+        raise _write_error(final, error, free, told=ranks.rank > 0) from error
     return final
 
 
-def _write_error(path: Path, error: Exception, free: int) -> CheckpointError:
+def _begin(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+
+
+def _complete(temporary: Path, final: Path, step: int, state: dict[str, Any]) -> None:
+    """Write what is left, flush everything to disk and give the checkpoint its name."""
+    torch.save(state, temporary / STATE)
+    _write_manifest(temporary, step)
+    _sync_directory(temporary)
+    if final.exists():  # a damaged checkpoint of the same update that was passed over on resume
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+
+
+def _write_error(path: Path, error: Exception, free: int, told: bool) -> CheckpointError:
     full = getattr(error, "errno", None) == errno.ENOSPC or free < 2**20
     why = "the disk is full" if full else f"{error} ({free / 2**20:.0f} MiB were free on that disk)"
-    return CheckpointError(
+    failure = CheckpointError(
         f"checkpoint {path} could not be written: {why}",
         hint="earlier checkpoints are untouched; make room, then run the same command again",
     )
+    failure.told = told
+    return failure
 
 
 def _write_manifest(directory: Path, step: int) -> None:

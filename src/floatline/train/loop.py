@@ -2,6 +2,9 @@
 
 A run can be killed at any moment. Run the same command again: it goes on from the newest sound checkpoint with the
 same data order and random state, so the losses are those of a run that was never stopped.
+
+Several ranks run the same loop on their shares of the data. Rank 0 alone writes (the others have null objects), and
+what decides how it goes on is agreed on by all: when to stop, which checkpoint is the best.
 """
 
 from __future__ import annotations
@@ -10,25 +13,26 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from floatline.errors import FloatlineError, MemoryExceededError, NonFiniteError
+from floatline.errors import FloatlineError, MemoryExceededError, NonFiniteError, RankLostError
 from floatline.observe import peak_memory, reset_peak_memory
 from floatline.train import rng
 from floatline.train.checkpoint import checkpoint_path, find_fault, prune, save_checkpoint
 from floatline.train.data import token_counts
 from floatline.train.evaluate import Evaluation
-from floatline.train.hub import load_model
 from floatline.train.identity import is_same_recipe, refuse_other_recipe
+from floatline.train.launch import joined, note_lost_rank
 from floatline.train.manifest import Manifest, now
 from floatline.train.progress import make_view
 from floatline.train.recipe import Recipe
-from floatline.train.rundir import RunDirectory
-from floatline.train.setup import Run, checkpoint_format, prepare
+from floatline.train.rundir import open_run_directory
+from floatline.train.setup import Run, prepare
 from floatline.train.stopper import Stopper
 from floatline.train.telemetry import Telemetry
 
@@ -43,6 +47,7 @@ class RunResult:
 
     Attributes:
         path: The run directory.
+        rank: Of the process; several report the same run.
         status: "finished", "already finished" or "interrupted".
         evaluation: The last evaluation: of the test split where there is one, else of validation.
     """
@@ -50,6 +55,7 @@ class RunResult:
     path: Path
     status: str
     evaluation: dict[str, Any] | None
+    rank: int = 0
 
 
 def train(recipe: Recipe, *, command: str = "", console: Console | None = None) -> RunResult:
@@ -64,27 +70,47 @@ def train(recipe: Recipe, *, command: str = "", console: Console | None = None) 
         FloatlineError: Anything in recipe, data, model or disk that is not right; NonFiniteError when the guard stops
             the run.
     """
-    console = console or Console(stderr=True)
-    with RunDirectory(recipe.run.dir) as rundir, Stopper() as stopper:
+    with joined(recipe) as ranks, Stopper() as stopper, open_run_directory(recipe.run.dir, ranks) as rundir:
+        console = Console(quiet=True) if ranks.rank else console or Console(stderr=True)
         manifest = Manifest(rundir)
-        refuse_other_recipe(manifest, recipe.model_dump(mode="json"))
-        if manifest.values.get("status") == "finished" and is_same_recipe(manifest, recipe.model_dump(mode="json")):
-            return RunResult(rundir.path, "already finished", manifest.values.get("result"))
+        before = ranks.on_first(lambda: _finished_before(manifest, recipe))
+        if before is not None:
+            return RunResult(rundir.path, "already finished", before["result"], ranks.rank)
         manifest.begin(command)
         try:
-            run = prepare(recipe, rundir, manifest, lambda text: console.print(text, markup=False, highlight=False))
-            result = Loop(run, console, stopper).run()
+            with ranks.watching():
+                say = partial(console.print, markup=False, highlight=False)
+                run = prepare(recipe, rundir, manifest, say, ranks)
+                result = Loop(run, console, stopper).run()
         except (Interrupted, KeyboardInterrupt):
             manifest.end("stopped", "interrupted; run the same command again to go on")
-            return RunResult(rundir.path, "interrupted", None)
+            return RunResult(rundir.path, "interrupted", None, ranks.rank)
         except torch.OutOfMemoryError as error:
             _note_end(manifest, "failed", error)
             raise _explain_memory(error, recipe) from error
+        except RankLostError as error:
+            note_lost_rank(rundir, error)
+            raise
         except Exception as error:
             _note_end(manifest, "stopped" if isinstance(error, NonFiniteError) else "failed", error)
+            if isinstance(error, NonFiniteError):  # all ranks stop for the same reason
+                error.told = ranks.rank > 0
             raise
         manifest.end("finished")
-        return RunResult(rundir.path, "finished", result)
+        return RunResult(rundir.path, "finished", result, ranks.rank)
+
+
+def _finished_before(manifest: Manifest, recipe: Recipe) -> dict[str, Any] | None:
+    """Return what an earlier run of this recipe found here, None where there is something left to do.
+
+    Raises:
+        RunDirectoryError: The directory is another recipe's.
+    """
+    tree = recipe.model_dump(mode="json")
+    refuse_other_recipe(manifest, tree)
+    if manifest.values.get("status") == "finished" and is_same_recipe(manifest, tree):
+        return {"result": manifest.values.get("result")}
+    return None
 
 
 def _note_end(manifest: Manifest, status: str, error: Exception) -> None:
@@ -111,6 +137,8 @@ class Loop:
         state = run.state or {}
         self.best: dict[str, Any] | None = state.get("best")
         self.stopper = stopper or Stopper()
+        self.ranks = run.ranks
+        self._asked_to_stop = False
         run.rundir.cut_metrics(self.step.updates)
         view = make_view(console, self.steps, self.step.updates)
         log_every = run.recipe.run.log_every or 1
@@ -137,6 +165,7 @@ class Loop:
             resumed = [*resumed, {"at_step": self.step.updates, "time": now()}]
         self.run_.manifest.update(
             resumed=resumed,
+            ranks=self.ranks.size,
             parameters={
                 "total": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
@@ -151,7 +180,7 @@ class Loop:
         while self.step.updates < self.steps:
             iterator = iter(loader)
             if self.run_.state is not None:  # after the iterator was made: making one draws random numbers
-                rng.restore(self.run_.state["rng"])
+                rng.restore_rank(self.run_.state["rng"], self.ranks.rank)
                 self.run_.state = None
             for batch in iterator:
                 yield batch
@@ -160,8 +189,7 @@ class Loop:
 
     def _update(self, batch: Any) -> None:
         """One update and what is due after it."""
-        micro_batches = batch if isinstance(batch, list) else [batch]
-        targets, tokens = map(sum, zip(*(token_counts(micro) for micro in micro_batches), strict=True))
+        targets, tokens, self._asked_to_stop = self._sum_up(batch)
         lr = self.step.optimizer.param_groups[0]["lr"]
         output = self.step(batch)
         done = self.step.updates
@@ -176,14 +204,22 @@ class Loop:
         self.telemetry.add(output, record)
         self._after_update(done)
 
+    def _sum_up(self, batch: Any) -> tuple[int, int, bool]:
+        """Return the targets and tokens of all ranks, and whether any of them was asked to stop."""
+        micro_batches = batch if isinstance(batch, list) else [batch]
+        targets, tokens = map(sum, zip(*(token_counts(micro) for micro in micro_batches), strict=True))
+        told = self.ranks.tell([int(targets), int(tokens), self.stopper.asked])
+        all_targets, all_tokens, asked = (sum(numbers) for numbers in zip(*told, strict=True))
+        return int(all_targets), int(all_tokens), asked > 0
+
     def _after_update(self, done: int) -> None:
         last = done == self.steps
         due = done % (self.recipe.train.checkpoint_every or self.steps) == 0
         improved = self._evaluate(done) if self._evaluation_due(done) else False
-        if due or improved or last or self.stopper.asked:
+        if due or improved or last or self._asked_to_stop:
             self.telemetry.flush()
             self._save()
-        if self.stopper.asked and not last:
+        if self._asked_to_stop and not last:
             raise Interrupted
         if due or improved or last:
             self.telemetry.restart_clock()
@@ -198,6 +234,7 @@ class Loop:
         self.telemetry.flush()
         dataset = self.run_.datasets["validation"]
         evaluation = self.run_.evaluator.evaluate(dataset, "validation", generate=self.recipe.eval.generate)
+        evaluation = self.ranks.on_first(lambda: evaluation)  # what is the best must be the same for all
         self.telemetry.evaluation(evaluation, done)
         self._write_answers(evaluation)
         self.telemetry.restart_clock()
@@ -220,17 +257,15 @@ class Loop:
         state = {
             "step": self.step.state_dict(),
             "loader": run.loader.state_dict(),
-            "rng": rng.capture(),
+            "rng": self.ranks.collect(rng.capture()),
             "best": self.best,
         }
-        save_checkpoint(run.rundir.checkpoints, self.step.updates, state, self._write_model)
+        plain, shards = run.weights.split(state)
+        directory = run.rundir.checkpoints
+        save_checkpoint(directory, self.step.updates, plain, lambda path: run.weights.write(path, shards), self.ranks)
         keep = {self.best["best_step"]} if self.best else set()
-        prune(run.rundir.checkpoints, keep_last=self.recipe.train.keep_last, keep=keep)
+        self.ranks.on_first(lambda: prune(directory, keep_last=self.recipe.train.keep_last, keep=keep))
         run.manifest.update(best=self.best, peak_memory_bytes=peak_memory(self.step.device))
-
-    def _write_model(self, directory: Path) -> None:
-        self.step.model.save_pretrained(directory)  # type: ignore[operator]
-        self.run_.processor.save_pretrained(directory)
 
     def _write_answers(self, evaluation: Evaluation) -> None:
         lines = [json.dumps(asdict(answer)) + "\n" for answer in evaluation.answers]
@@ -254,10 +289,9 @@ class Loop:
         if self.best is None or self.best["best_step"] == self.step.updates:
             return self.step.updates
         path = checkpoint_path(self.run_.rundir.checkpoints, self.best["best_step"])
-        fault = find_fault(path)
+        fault = self.ranks.on_first(lambda: find_fault(path))
         if fault is not None:
             self.telemetry.view.say(f"the best checkpoint is damaged ({fault}); the last weights are tested instead")
             return self.step.updates
-        best = load_model(str(path), checkpoint_format(self.step.policy))
-        self.step.model.load_state_dict(best.state_dict())
+        self.run_.weights.read(path)
         return int(self.best["best_step"])

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from floatline.train.data.sampler import mix_seed
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed python, numpy and torch (all devices); ranks draw different numbers, for they drop out different neurons."""
+    seed = mix_seed(seed, -1 - rank) if rank else seed
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -37,3 +40,9 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def restore_rank(states: list[dict[str, Any]], rank: int) -> None:
+    """Set the random state that this rank had when the ranks' states were saved; a new rank keeps what it has."""
+    if rank < len(states):
+        restore(states[rank])

@@ -8,8 +8,8 @@
     checkpoints/     see checkpoint.py
     report.html      the page for people
 
-A lock keeps a second process out. Files that are rewritten are replaced atomically; metrics are appended, and cut back
-to the checkpoint on resume.
+A lock keeps a second run out. Files that are rewritten are replaced atomically; metrics are appended, and cut back
+to the checkpoint on resume. Of several ranks, rank 0 holds the lock and writes; the others have a `SilentRunDirectory`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from floatline.errors import RunDirectoryError
+from floatline.techniques import OneRank
 
 
 class RunDirectory:
@@ -124,11 +126,72 @@ class RunDirectory:
         ]
         self.write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
 
+    def event_writer(self, first_step: int) -> Any:
+        """Return the writer of TensorBoard events; those after `first_step` are written anew."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.path / "tensorboard", purge_step=first_step + 1, max_queue=1000, flush_secs=10)
+
+    def note_lost_rank(self, note: Callable[[RunDirectory], None]) -> bool:
+        """Let a rank write how the run ended because another is gone; says whether it could."""
+        note(self)
+        return True
+
     def _write_error(self, name: str, error: OSError) -> RunDirectoryError:
         return RunDirectoryError(
             f"{self.path / name} could not be written: {error.strerror}",
             hint="checkpoints are untouched; make room, then run the same command again",
         )
+
+
+class SilentRunDirectory(RunDirectory):
+    """The null object: of all ranks but the first, it writes nothing and reads nothing.
+
+    Args:
+        path: Where the run directory is; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+
+    def close(self) -> None:
+        pass
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        return {}
+
+    def log(self, record: dict[str, Any]) -> None:
+        pass
+
+    def cut_metrics(self, step: int) -> None:
+        pass
+
+    def event_writer(self, first_step: int) -> Any:
+        return None
+
+    def note_lost_rank(self, note: Callable[[RunDirectory], None]) -> bool:
+        """Where the rank that held the lock is the one that is gone, take its place."""
+        try:
+            with RunDirectory(self.path) as mine:
+                note(mine)
+                return True
+        except RunDirectoryError:
+            return False
+
+
+def open_run_directory(path: str | Path, ranks: OneRank) -> RunDirectory:
+    """Return the run directory: locked on rank 0, silent on the others.
+
+    Raises:
+        RunDirectoryError: On every rank, where rank 0 cannot have it.
+    """
+    held: list[RunDirectory] = []
+    ranks.on_first(lambda: held.append(RunDirectory(path)))
+    return held[0] if held else SilentRunDirectory(path)
 
 
 def _step_in(line: str) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,11 @@ from floatline.hardware import resolve as resolve_hardware
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Guard, TrainStep
+from floatline.techniques import OneRank
 from floatline.train import rng
 from floatline.train.checkpoint import (
     checkpoint_path,
     find_fault,
-    load_state,
     newest_sound,
     set_damaged_aside,
     step_of,
@@ -32,11 +34,13 @@ from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import load_model, load_processor
 from floatline.train.identity import fingerprint, has_checkpoints, refuse_changed_data, with_free_keys
+from floatline.train.launch import refuse_uneven_batch
 from floatline.train.manifest import Manifest
 from floatline.train.recipe import Recipe, parse_recipe
 from floatline.train.resolve import AutomaticChoice, Resolved, resolve_recipe
 from floatline.train.rundir import RunDirectory
 from floatline.train.schedule import make_schedule
+from floatline.train.weights import PlainWeights, make_weights
 
 Say = Callable[[str], None]
 
@@ -53,24 +57,36 @@ class Run:
     loader: Any
     step: TrainStep
     evaluator: Evaluator
+    weights: PlainWeights
+    ranks: OneRank
     state: dict[str, Any] | None
 
 
-def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say) -> Run:
+def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say, ranks: OneRank | None = None) -> Run:
     """Check everything, choose what is open, load model and data, and find the checkpoint to go on from.
+
+    Every rank reads the data and loads the model; what is chosen is rank 0's choice.
 
     Raises:
         FloatlineError: One of its kinds, for anything in recipe, data, model or run directory that is not right.
     """
+    ranks = ranks or OneRank()
     asked = recipe.model_dump(mode="json")
+    encoder, samples = ranks.together(lambda: _check(recipe, manifest, say, ranks))
+    resolved = ranks.on_first(lambda: _resolve(recipe, asked, rundir, manifest, len(samples["train"]), say))
+    return _build(resolved, encoder, samples, rundir, manifest, say, ranks)
+
+
+def _check(
+    recipe: Recipe, manifest: Manifest, say: Say, ranks: OneRank
+) -> tuple[SampleEncoder, dict[str, list[Sample]]]:
+    refuse_uneven_batch(recipe, ranks)
     resolve_precision(recipe.precision, resolve_hardware(recipe.hardware))  # a mistake here shows before data are read
     processor = load_processor(recipe.model.path)
     encoder = SampleEncoder(
         processor, max_length=recipe.data.max_length, max_answer_tokens=recipe.data.max_answer_tokens
     )
-    samples = _read_all(recipe, encoder, manifest, say)
-    resolved = _resolve(recipe, asked, rundir, manifest, len(samples["train"]), say)
-    return _build(resolved, encoder, samples, rundir, manifest, say)
+    return encoder, _read_all(recipe, encoder, manifest, say)
 
 
 def _read_all(recipe: Recipe, encoder: SampleEncoder, manifest: Manifest, say: Say) -> dict[str, list[Sample]]:
@@ -140,21 +156,17 @@ def _build(
     rundir: RunDirectory,
     manifest: Manifest,
     say: Say,
+    ranks: OneRank,
 ) -> Run:
     recipe = resolved.recipe
     torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
-    rng.seed_everything(recipe.train.seed)
+    rng.seed_everything(recipe.train.seed, ranks.rank)
     datasets = {
         split: SampleDataset(_limit(split, found, recipe), encoder, cache_bytes=recipe.data.cache_bytes or 0)
         for split, found in samples.items()
     }
-    checkpoint = newest_sound(rundir.checkpoints)
-    for path, fault in set_damaged_aside(rundir.checkpoints, checkpoint):
-        say(f"damaged checkpoint passed over: {fault}, set aside as {path.name}")
-    if checkpoint:
-        model = load_model(str(checkpoint), checkpoint_format(resolved.policy), recipe.model.attention)
-    else:
-        model = load_model(recipe.model.path, recipe.model.dtype or "fp32", recipe.model.attention)
+    checkpoint = ranks.on_first(lambda: _checkpoint_to_go_on_from(rundir, say))
+    model = ranks.together(lambda: _load(recipe, resolved.policy, checkpoint))
     model.to(resolved.device).train()
     step = make_step(model, resolved)
     note_techniques(step, manifest, say)
@@ -168,6 +180,8 @@ def _build(
         collate=MicroBatches(Collator(pad), recipe.train.micro_batch_size or recipe.train.batch_size),
         drop_last=True,
         pin_memory=resolved.device.type == "cuda",
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
     evaluator = Evaluator(
         model,
@@ -176,27 +190,43 @@ def _build(
         batch_size=recipe.eval.batch_size or recipe.train.batch_size,
         max_new_tokens=recipe.data.max_answer_tokens,
     )
-    state = load_state(checkpoint) if checkpoint else None
-    if checkpoint and state:
+    weights = make_weights(step, encoder.processor, partial(_load, recipe, resolved.policy))
+    state = None
+    if checkpoint:
+        state = weights.resume(checkpoint)
         step.load_state_dict(state["step"])
         say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
-        _drop_lost_best(state, rundir, say)
-    return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, state)
+        state["best"] = ranks.on_first(partial(_best_that_is_left, state["best"], rundir, say))
+    return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state)
+
+
+def _checkpoint_to_go_on_from(rundir: RunDirectory, say: Say) -> Path | None:
+    checkpoint = newest_sound(rundir.checkpoints)
+    for path, fault in set_damaged_aside(rundir.checkpoints, checkpoint):
+        say(f"damaged checkpoint passed over: {fault}, set aside as {path.name}")
+    return checkpoint
+
+
+def _load(recipe: Recipe, policy: Policy, checkpoint: Path | None) -> nn.Module:
+    """Return the model of a checkpoint, or as the recipe starts from."""
+    if checkpoint:
+        return load_model(str(checkpoint), checkpoint_format(policy), recipe.model.attention)
+    return load_model(recipe.model.path, recipe.model.dtype or "fp32", recipe.model.attention)
 
 
 def _limit(split: str, samples: list[Sample], recipe: Recipe) -> list[Sample]:
     return samples[: recipe.eval.max_samples] if split == "validation" else samples
 
 
-def _drop_lost_best(state: dict[str, Any], rundir: RunDirectory, say: Say) -> None:
-    """Forget a best checkpoint that is not there any more, or damaged."""
-    best = state.get("best")
+def _best_that_is_left(best: dict[str, Any] | None, rundir: RunDirectory, say: Say) -> dict[str, Any] | None:
+    """Return the best checkpoint so far, None where it is not there any more, or damaged."""
     if best is None:
-        return
+        return None
     fault = find_fault(checkpoint_path(rundir.checkpoints, best["best_step"]))
     if fault is not None:
         say(f"the best checkpoint so far is lost ({fault}); the best from now on counts")
-        state["best"] = None
+        return None
+    return best
 
 
 def checkpoint_format(policy: Policy) -> str:

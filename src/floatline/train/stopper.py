@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: in the middle of training they wait for a checkpoint, elsewhere they end the run at once.
 
-Either way the run directory says how it ended, and the same command goes on. A second signal does not wait.
+Either way the run directory says how it ended, and the same command goes on. A second signal does not wait. Signals
+reach the ranks of a run at different updates, or only some of them; the loop asks all ranks whether one was asked to
+stop, and all stop at the same update.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from floatline.errors import RankLostError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -31,18 +35,22 @@ class Stopper:
             self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back. A process that has lost a rank is ending and ignores them, so that it can say so."""
+        lost = kind is not None and issubclass(kind, RankLostError)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if lost else handler)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """While active a signal sets `asked` instead of raising."""
+        """While active a signal sets `asked` instead of raising.
+
+        An error on its way out keeps it active: how the run ended is written down before a signal is obeyed. (When one
+        rank dies, torchrun sends the others a SIGTERM just as they notice.)
+        """
         self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
+        yield
+        self._deferring = False
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._deferring and not self.asked:

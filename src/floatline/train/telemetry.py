@@ -47,11 +47,8 @@ class Telemetry:
     _reported: int = 0
 
     def __post_init__(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._reported = self.step.sentinel.skipped
-        folder = self.rundir.path / "tensorboard"
-        self.writer: Any = SummaryWriter(folder, purge_step=self.first_step + 1, max_queue=1000, flush_secs=10)
+        self.writer: Any = self.rundir.event_writer(self.first_step)
         self.restart_clock()
 
     def restart_clock(self) -> None:
