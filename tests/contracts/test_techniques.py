@@ -92,7 +92,9 @@ def check_undone(step, case, result):
 
 def shape_of(model):
     """What a technique could leave behind: classes, attributes and hooks of every module."""
-    return {name: (type(m), sorted(m.__dict__), [len(getattr(m, h)) for h in HOOKS]) for name, m in model.named_modules()}
+    return {
+        name: (type(m), sorted(m.__dict__), [len(getattr(m, h)) for h in HOOKS]) for name, m in model.named_modules()
+    }
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
