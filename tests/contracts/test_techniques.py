@@ -26,7 +26,7 @@ def one_rank_group():
 
 @pytest.fixture(autouse=True)
 def forgotten_graphs():
-    """torch keeps compiled graphs by code, not by model: those of one test's models count against the next one's limit."""
+    """torch keeps compiled graphs by code, not by model: those of one test count against the next one's limit."""
     yield
     torch._dynamo.reset()
 
@@ -109,7 +109,8 @@ def test_every_technique_has_a_spec():
 def test_alone_in_every_precision(name, case, plain):
     spec = SPECS[name]
     if case.name not in spec.models:
-        return check_refused_or_warned(spec, case)
+        check_refused_or_warned(spec, case)
+        return
     for precision in ["32-true", "bf16-mixed", "16-mixed"] if name != "precision" else ["bf16-mixed"]:
         if precision in spec.precisions:
             check_same([spec], case, precision, plain)
