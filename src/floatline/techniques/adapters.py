@@ -6,7 +6,8 @@
     merge(model)              adds them to the base weights in place; the adapters start over at B = 0
 
 A plain model's state dict loads into the adapted model directly (`accept_plain_weights`); adapters stay as they are.
-The adapted model's own `state_dict()` keeps peft's names, so that a checkpoint of it resumes exactly.
+The adapted model's own `state_dict()` keeps peft's names, so that a checkpoint of it resumes exactly. Of a model in
+shards, adapters are saved and loaded too, which every rank must do; merging is not covered there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from floatline.errors import CheckpointError, ConfigError
+from floatline.techniques.shards import full_tensor, laid_out_like
 
 ADAPTER = "default"
 """Name of the one adapter."""
@@ -70,20 +72,27 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, directory: str | Path, base: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    base: str | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> Path:
     """Write the adapters so that `peft.PeftModel.from_pretrained(base_model, directory)` loads them.
 
     Args:
         model: With `lora` applied.
         directory: Made if missing; gets `adapter_model.safetensors` and `adapter_config.json`.
         base: Name or path of the base model to note down; None takes the one the model was loaded from.
+        state: What `adapter_state` returned, whole, where it was gathered from shards before.
 
     Returns:
         The directory.
     """
     from safetensors.torch import save_file
 
-    state = {key: value.cpu().clone().contiguous() for key, value in adapter_state(model).items()}
+    state = adapter_state(model) if state is None else state
+    state = {key: full_tensor(value).cpu().clone().contiguous() for key, value in state.items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -91,10 +100,16 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str | None = Non
     before = config.base_model_name_or_path, config.inference_mode
     config.base_model_name_or_path, config.inference_mode = base or before[0], True
     try:
-        config.save_pretrained(str(directory))
+        config.save_pretrained(str(directory), auto_mapping_dict=_auto_mapping(model))
     finally:
         config.base_model_name_or_path, config.inference_mode = before
     return directory
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
+    """Return the class that `peft.AutoPeftModel` makes the base model of, None where that is not transformers'."""
+    kind = next((kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")), None)
+    return kind and {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 @torch.no_grad()
@@ -122,7 +137,7 @@ def load_adapter(model: nn.Module, source: str | Path | dict[str, torch.Tensor])
                 f"the adapter does not fit: {key} is {tuple(saved[key].shape)}, in the model {tuple(value.shape)}",
                 hint="apply lora with the rank that it was saved with (adapter_config.json)",
             )
-        value.copy_(saved[key])
+        value.copy_(laid_out_like(saved[key].to(value.dtype), value))
 
 
 def _read(directory: Path) -> dict[str, torch.Tensor]:
@@ -152,7 +167,7 @@ def plain_state_dict(model: nn.Module, *, merged: bool = False) -> dict[str, tor
             plain = f"{name}.{key.removeprefix('base_layer.')}" if key.startswith("base_layer.") else None
             names[f"{name}.{key}"] = plain
         if merged:
-            _refuse_tied(model, name, layer)
+            refuse_tied(model, name, layer)
             sums[f"{name}.weight"] = _merged_weight(layer)
     state = {names.get(key, key): value for key, value in model.state_dict().items()}
     return {key: sums.get(key, value) for key, value in state.items() if key is not None}
@@ -169,7 +184,7 @@ def merge(model: nn.Module) -> None:
     """
     layers = _require_adapters(model)
     for name, layer in layers.items():
-        _refuse_tied(model, name, layer)
+        refuse_tied(model, name, layer)
     for layer in layers.values():
         layer.base_layer.weight.copy_(_merged_weight(layer))
         layer.reset_lora_parameters(ADAPTER, True)
@@ -182,7 +197,12 @@ def _merged_weight(layer: Any) -> torch.Tensor:
     return total.to(weight.dtype)
 
 
-def _refuse_tied(model: nn.Module, name: str, layer: Any) -> None:
+def refuse_tied(model: nn.Module, name: str, layer: Any) -> None:
+    """Raise if the weight of an adapted layer is another layer's too.
+
+    Raises:
+        ConfigError: It is, so merging would change that layer.
+    """
     weight, own = layer.base_layer.weight, f"{name}.base_layer.weight"
     for other, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is weight and other != own:

@@ -83,6 +83,7 @@ class Lora(Technique):
         targets, notes = self._find_targets(model, frozen)
         also = select_parameters(model, self.train_also, setting="lora.train_also")
         self._refuse_overlaps(targets, also, frozen)
+        _refuse_tied(model, also)
         if not targets:
             return Applied(technique=self, touched=(), notes=notes)
         restore = _record(model, targets)
@@ -149,6 +150,17 @@ class Lora(Technique):
                     f"lora.train_also names {name}, which is in a layer that gets an adapter",
                     hint="leave the layer out of lora.targets, or out of lora.train_also",
                 )
+
+
+def _refuse_tied(model: nn.Module, also: dict[str, nn.Parameter]) -> None:
+    names = {id(parameter): name for name, parameter in also.items()}
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        name = names.get(id(parameter), other)
+        if name != other:
+            raise ConfigError(
+                f"lora.train_also names {name}, which is tied to {other}: in peft's format they would come apart",
+                hint="leave it out, or give the layer an adapter: name it in lora.targets",
+            )
 
 
 def _peft() -> Any:

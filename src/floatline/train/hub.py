@@ -5,7 +5,7 @@ bare `from_pretrained`:
 
 - torchvision is not needed. Transformers builds a video processor for every Qwen-VL processor, and that part alone
   wants torchvision; without it the processor is loaded without its video side (`image_only`).
-- a missing directory or an unknown architecture is one clear error.
+- a missing directory, one of adapters alone or an unknown architecture is one clear error.
 
 Not covered: remote code (`trust_remote_code`), quantised checkpoints, video input.
 """
@@ -133,6 +133,11 @@ def load_model(path: str, dtype: str, attention: str | None = None) -> nn.Module
     """
     transformers = require_transformers()
     _check_place(path)
+    if holds_adapter(path):
+        raise ModelError(
+            f"{path} holds adapters, not a whole model",
+            hint="merge them into their base model first: floatline.train.merge_checkpoint(path, target)",
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         image_text = transformers.AutoModelForImageTextToText
@@ -151,6 +156,20 @@ def load_model(path: str, dtype: str, attention: str | None = None) -> nn.Module
             hint="the files are incomplete; download or save the model again",
         )
     return model
+
+
+def holds_adapter(path: str | Path) -> bool:
+    """Say whether a directory holds adapters in peft's format and no model of its own."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def model_files(path: str) -> list[Path]:
+    """Return the files that a model's config and weights were loaded from, of a directory or of a hub id in the cache."""
+    from transformers.utils import cached_file
+
+    home = Path(cached_file(path, "config.json")).parent
+    weights = sorted(home.glob("*.safetensors*")) or sorted(home.glob("*.bin*"))
+    return [home / "config.json", *weights]
 
 
 def _check_place(path: str) -> None:

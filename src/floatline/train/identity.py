@@ -1,6 +1,7 @@
 """Whose run directory is this? One with checkpoints belongs to the recipe and the data that made them.
 
-So "resumed" always means the same run: another learning rate, or training data that changed, is refused. Settings that
+So "resumed" always means the same run: another learning rate, or training data that changed, is refused. So is another
+base model under adapters, for their checkpoints do not hold it. Settings that
 do not change what is learnt (where it runs, how often it saves, how patient its guard is) may change on resume.
 """
 
@@ -100,6 +101,35 @@ def refuse_changed_data(manifest: Manifest, facts: dict[str, Any]) -> None:
                 f"{now['path']} or an image it shows has changed since this run began; it cannot be resumed exactly",
                 hint="choose another run.dir to train on the changed data",
             )
+
+
+def fingerprint_base(files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each of a model's files, by name."""
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def note_base(manifest: Manifest, path: str, files: Iterable[Path]) -> None:
+    """Note which model adapters are trained on; refuse another than the checkpoints were made with.
+
+    Args:
+        path: The model as the recipe names it.
+        files: What it was loaded from.
+
+    Raises:
+        RunDirectoryError: A file has changed, is gone or is new.
+    """
+    before, now = manifest.values.get("base"), fingerprint_base(files)
+    if before and has_checkpoints(manifest) and before["sha256"] != now:
+        name = next(n for n in {**before["sha256"], **now} if before["sha256"].get(n) != now.get(n))
+        raise RunDirectoryError(
+            f"the base model {path} has changed since this run began ({name}); its adapters belong to the old one",
+            hint="put the old files back (their SHA-256 are in run.json under base), or choose another run.dir",
+        )
+    manifest.update(base={"path": path, "sha256": now})
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:

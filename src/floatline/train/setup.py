@@ -22,6 +22,7 @@ from floatline.precision import resolve as resolve_precision
 from floatline.step import Guard, TrainStep
 from floatline.techniques import OneRank
 from floatline.train import rng
+from floatline.train.adapter_weights import AdapterWeights, make_weights
 from floatline.train.checkpoint import (
     checkpoint_path,
     find_fault,
@@ -32,15 +33,15 @@ from floatline.train.checkpoint import (
 from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
-from floatline.train.hub import load_model, load_processor
-from floatline.train.identity import fingerprint, has_checkpoints, refuse_changed_data, with_free_keys
+from floatline.train.hub import holds_adapter, load_model, load_processor, model_files
+from floatline.train.identity import fingerprint, has_checkpoints, note_base, refuse_changed_data, with_free_keys
 from floatline.train.launch import refuse_uneven_batch
 from floatline.train.manifest import Manifest
 from floatline.train.recipe import Recipe, parse_recipe
 from floatline.train.resolve import AutomaticChoice, Resolved, resolve_recipe
 from floatline.train.rundir import RunDirectory
 from floatline.train.schedule import make_schedule
-from floatline.train.weights import PlainWeights, make_weights
+from floatline.train.weights import PlainWeights
 
 Say = Callable[[str], None]
 
@@ -191,6 +192,8 @@ def _build(
         max_new_tokens=recipe.data.max_answer_tokens,
     )
     weights = make_weights(step, encoder.processor, partial(_load, recipe, resolved.policy))
+    if isinstance(weights, AdapterWeights):
+        ranks.on_first(lambda: note_base(manifest, recipe.model.path, model_files(recipe.model.path)))
     state = None
     if checkpoint:
         state = weights.resume(checkpoint)
@@ -208,8 +211,8 @@ def _checkpoint_to_go_on_from(rundir: RunDirectory, say: Say) -> Path | None:
 
 
 def _load(recipe: Recipe, policy: Policy, checkpoint: Path | None) -> nn.Module:
-    """Return the model of a checkpoint, or as the recipe starts from."""
-    if checkpoint:
+    """Return the model of a checkpoint, or as the recipe starts from; adapters are read later, onto that."""
+    if checkpoint and not holds_adapter(checkpoint):
         return load_model(str(checkpoint), checkpoint_format(policy), recipe.model.attention)
     return load_model(recipe.model.path, recipe.model.dtype or "fp32", recipe.model.attention)
 

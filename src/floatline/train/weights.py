@@ -1,8 +1,8 @@
 """How a model's weights, and the state that is laid out like them, get into a checkpoint and out again.
 
 Every checkpoint is a Hugging Face directory, whatever the training did to the model. `PlainWeights` is that and nothing
-else. `ShardedWeights` (of a model under FSDP2) also writes each rank's shards of weights and optimizer state, side by
-side, by torch.distributed.checkpoint:
+else; of a model with LoRA adapters it is peft's directory (adapter_weights.py). `ShardedWeights` (of a model under
+FSDP2) also writes each rank's shards of weights and optimizer state, side by side, by torch.distributed.checkpoint:
 
     step-00000100/
       model.safetensors, config.json, ...   the whole model, gathered and written by rank 0
@@ -54,7 +54,11 @@ class PlainWeights:
 
     def write(self, directory: Path, shards: dict[str, torch.Tensor]) -> None:
         """Write the model's files, and the shards that `split` returned. Every rank calls it."""
-        self.model.save_pretrained(directory)  # type: ignore[operator]
+        self._write_files(directory, None)
+
+    def _write_files(self, directory: Path, whole: dict[str, torch.Tensor] | None) -> None:
+        """Write what a user loads; `whole` are the tensors where they had to be gathered."""
+        self.model.save_pretrained(directory, state_dict=whole)  # type: ignore[operator]
         self.processor.save_pretrained(directory)
 
     def read(self, checkpoint: Path) -> None:
@@ -85,12 +89,7 @@ class ShardedWeights(PlainWeights):
         writer = dcp.FileSystemWriter(directory / SHARDS)
         _run(lambda: dcp.save(shards | self._model_tensors(), storage_writer=writer, **_group(self.ranks)))
         whole = self._gathered()
-
-        def write_whole() -> None:
-            self.model.save_pretrained(directory, state_dict=whole)  # type: ignore[operator]
-            self.processor.save_pretrained(directory)
-
-        self.ranks.on_first(write_whole)
+        self.ranks.on_first(lambda: self._write_files(directory, whole))
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         """Return the whole model on the CPU, on rank 0; every other rank helps and keeps nothing."""
@@ -136,13 +135,6 @@ class ShardedWeights(PlainWeights):
             return zeros(size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
 
         return _filled(state, _read_shards(checkpoint, keys, in_shards, self.ranks)) if keys else state
-
-
-def make_weights(step: TrainStep, processor: Any, load: Callable[[Path], nn.Module]) -> PlainWeights:
-    """Return how the weights of a step's model are written and read."""
-    if any(is_sharded(parameter) for parameter in step.model.parameters()):
-        return ShardedWeights(step.model, processor, load, step.ranks)
-    return PlainWeights(step.model, processor, load)
 
 
 def _whole(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
