@@ -296,6 +296,9 @@ def test_bad_input(zoo):
         Lora(train_also=("model.visual.mergr",)).apply(model)
     with pytest.raises(ConfigError, match=r"lora.train_also names .*q_proj.weight, which is in a layer that gets an"):
         Lora(targets=("q_proj",), train_also=("**.q_proj",)).apply(model)
+    tied = r"lora.train_also names transformer.wte.weight, which is tied to lm_head.weight: .*\nhint: .*lora.targets"
+    with pytest.raises(ConfigError, match=tied):
+        Lora(train_also=("transformer.wte",)).apply(zoo["gpt2"].build())
     assert all(parameter.requires_grad for parameter in model.parameters()) and not hasattr(model, "peft_config")
     for settings, message in (
         ({"rank": 0}, r"lora.rank is 0\nhint: give 1 or more"),

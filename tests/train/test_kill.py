@@ -10,8 +10,8 @@ import time
 import pytest
 
 
-def command(recipe_file, directory):
-    return [sys.executable, "-m", "floatline", "train", str(recipe_file), f"run.dir={directory}"]
+def command(recipe_file, directory, *overrides):
+    return [sys.executable, "-m", "floatline", "train", str(recipe_file), f"run.dir={directory}", *overrides]
 
 
 def start(line):
@@ -32,10 +32,10 @@ def wait_for_first_update(process, directory):
         time.sleep(0.01)
 
 
-def kill_and_resume(recipe_file, tmp_path, losses, kills, seed):
+def kill_and_resume(recipe_file, tmp_path, losses, kills, seed, overrides=()):
     """Kill a run `kills` times while it trains, evaluates or saves; returns how often it was still running."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(command(recipe_file, whole))
+    process = start(command(recipe_file, whole, *overrides))
     wait_for_first_update(process, whole)
     began = time.monotonic()
     process.communicate()
@@ -43,19 +43,24 @@ def kill_and_resume(recipe_file, tmp_path, losses, kills, seed):
     generator = random.Random(seed)
     hits = 0
     for _ in range(kills):
-        process = start(command(recipe_file, killed))
+        process = start(command(recipe_file, killed, *overrides))
         wait_for_first_update(process, killed)
         time.sleep(generator.uniform(0, 0.7 * length))
         hits += process.poll() is None
         process.kill()
         process.wait()
-    finish(command(recipe_file, killed))
+    finish(command(recipe_file, killed, *overrides))
     assert losses(killed) == losses(whole)
     return hits
 
 
 def test_killed_three_times(recipe_file, tmp_path, losses):
     assert kill_and_resume(recipe_file, tmp_path, losses, kills=3, seed=0) >= 1
+
+
+def test_a_run_with_adapters_is_killed_once(recipe_file, tmp_path, losses):
+    overrides = ["techniques.lora.dropout=0.1", "techniques.freezing.modules=[model.visual]"]
+    kill_and_resume(recipe_file, tmp_path, losses, kills=1, seed=0, overrides=overrides)
 
 
 @pytest.mark.soak

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from floatline.train import load_recipe, train
 from floatline.train.checkpoint import find_fault, list_checkpoints
@@ -160,6 +161,61 @@ def test_a_plain_checkpoint_goes_on_sharded(recipe, one, losses, tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-true", "bf16-mixed; lm_head=32"])
 def test_one_sharded_process_resumes_exactly(recipe, losses, tmp_path, precision):
     overrides = [ON, f"precision={precision}", "train.steps=6", "train.checkpoint_every=3", "eval.every=6"]
+    train(load_recipe(recipe, [f"run.dir={tmp_path / 'whole'}", *overrides]))
+    run = back_to(tmp_path / "whole", tmp_path / "run", keep=1)
+    train(load_recipe(recipe, [f"run.dir={run}", *overrides]))
+    assert manifest(run)["resumed"] and losses(run) == losses(tmp_path / "whole")
+
+
+LORA = ["techniques.lora.rank=4", "techniques.lora.train_also=[model.visual.merger]"]
+
+
+@pytest.fixture(scope="module")
+def adapted(recipe):
+    """The run directories of two sharded ranks and of one plain process, with LoRA."""
+    two, one = recipe.parent / "lora-two", recipe.parent / "lora-one"
+    finish(2, recipe, two, ON, *LORA)
+    train(load_recipe(recipe, [f"run.dir={one}", *LORA]))
+    return two, one
+
+
+def test_two_ranks_with_adapters(adapted, losses):
+    two, one = adapted
+    assert near(losses(two), losses(one))
+    mine, theirs = (list_checkpoints(run / "checkpoints")[-1] for run in adapted)
+    names = {path.name for path in mine.iterdir()}
+    assert names - {path.name for path in theirs.iterdir()} == {"shards"} and "model.safetensors" not in names
+    config, other = ((path / "adapter_config.json").read_text() for path in (mine, theirs))
+    assert config == other
+    saved, expected = (load_file(path / "adapter_model.safetensors") for path in (mine, theirs))
+    assert saved.keys() == expected.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-4, msg=name)
+    assert manifest(two)["parameters"] == manifest(one)["parameters"]
+    assert manifest(two)["base"] == manifest(one)["base"]
+
+
+@pytest.mark.parametrize("overrides", [[ON], []], ids=["sharded", "plain"])
+def test_adapters_of_two_ranks_go_on_in_one_process(recipe, adapted, losses, tmp_path, overrides):
+    two, _ = adapted
+    run = back_to(two, tmp_path / "run", keep=1)
+    train(load_recipe(recipe, [f"run.dir={run}", *LORA, *overrides]))
+    assert manifest(run)["resumed"][0]["at_step"] == 4 and near(losses(run), losses(two))
+
+
+def test_adapters_of_one_process_go_on_on_two_ranks(recipe, adapted, losses, tmp_path):
+    _, one = adapted
+    run = back_to(one, tmp_path / "run", keep=2)
+    finish(2, recipe, run, ON, *LORA)
+    assert manifest(run)["ranks"] == 2 and near(losses(run), losses(one))
+
+
+@pytest.mark.parametrize(
+    "settings", [["precision=16-mixed"], ["precision=bf16-mixed", "model.dtype=bf16"], ["precision=bf16-true"]]
+)
+def test_one_sharded_process_with_adapters_resumes_exactly(recipe, losses, tmp_path, settings):
+    overrides = [ON, LORA[0], "techniques.lora.dropout=0.1", *settings]
+    overrides += ["train.steps=6", "train.checkpoint_every=3", "eval.every=6"]
     train(load_recipe(recipe, [f"run.dir={tmp_path / 'whole'}", *overrides]))
     run = back_to(tmp_path / "whole", tmp_path / "run", keep=1)
     train(load_recipe(recipe, [f"run.dir={run}", *overrides]))

@@ -1,11 +1,15 @@
 """Techniques in recipes: how they are written, spelled out, refused, and which may change on resume."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from floatline.errors import ConfigError, RunDirectoryError
 from floatline.train import load_recipe, train
+from floatline.train.checkpoint import list_checkpoints, load_state
 from floatline.train.recipe import parse_recipe
 from floatline.train.techniques import technique_tree, with_free_techniques
 
@@ -73,6 +77,43 @@ def test_a_run_with_accumulation_equals_micro_batches_and_says_so(recipe_file, l
     assert record["techniques"][0]["technique"] == "accumulation(micro_batches=4)"
     choice = next(c for c in record["choices"] if c["key"] == "train.micro_batch_size")
     assert choice["value"] == 2 and choice["reason"] == "techniques.accumulation.micro_batches=4 of 8 samples"
+
+
+def _forget_the_end(home, keep):
+    """Put a finished run back to where only its first `keep` checkpoints existed."""
+    for path in list_checkpoints(home / "checkpoints")[keep:]:
+        shutil.rmtree(path)
+    record = json.loads((home / "run.json").read_text())
+    (home / "run.json").write_text(json.dumps(record | {"status": "running"}))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+def test_a_run_with_a_frozen_tower_saves_whole_models_and_resumes_exactly(
+    recipe_file, digits, losses, tmp_path, precision
+):
+    few = [f"precision={precision}", "train.steps=4", "train.checkpoint_every=2", "eval.every=4", "eval.generate=false"]
+    recipe = load_recipe(recipe_file, [*few, "techniques.freezing.modules=[model.visual]"])
+    train(recipe)
+    home = tmp_path / "run"
+    whole = losses(home)
+    path = list_checkpoints(home / "checkpoints")[-1]
+    saved, start = (load_file(place / "model.safetensors") for place in (path, digits / "model"))
+    assert saved.keys() == start.keys()
+    moved = {name for name in saved if not torch.equal(saved[name], start[name].to(saved[name].dtype))}
+    assert moved and not any(name.startswith("model.visual.") for name in moved)
+    trained = sum(value.numel() for name, value in start.items() if not name.startswith("model.visual."))
+    record = json.loads((home / "run.json").read_text())
+    assert record["parameters"]["trainable"] == trained < record["parameters"]["total"]
+    moments = load_state(path)["step"]["optimizer"]["state"].values()
+    assert sum(state["exp_avg"].numel() for state in moments) == trained
+    _forget_the_end(home, keep=1)
+    train(recipe)
+    assert json.loads((home / "run.json").read_text())["resumed"] and losses(home) == whole
+    other = load_recipe(recipe_file, [*few, "techniques.freezing.modules=[model.visual.blocks]"])
+    with pytest.raises(
+        RunDirectoryError, match=r"another recipe: techniques\.freezing\.modules was \['model\.visual'\]"
+    ):
+        train(other)
 
 
 def test_accumulation_that_does_not_fit(recipe_file):

@@ -85,7 +85,7 @@ def make_weights(step: TrainStep, processor: Any, load: Callable[[Path], nn.Modu
 def base_of(model: nn.Module) -> str:
     """Return what a model was loaded from: the absolute path of its directory, or a hub id."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def _refuse_moving_statistics(model: nn.Module, stack: Stack) -> None:

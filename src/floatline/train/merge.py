@@ -18,8 +18,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from floatline.errors import CheckpointError, ConfigError
 from floatline.precision.islands import DTYPES
 from floatline.techniques.adapters import adapted_layers, refuse_tied
@@ -38,7 +36,7 @@ def merge_checkpoint(checkpoint: str | Path, directory: str | Path, dtype: str |
         The directory.
 
     Raises:
-        CheckpointError: `checkpoint` holds no adapters, or names no base model.
+        CheckpointError: `checkpoint` holds no adapters, or names no base model that is there.
         ConfigError: `directory` is not empty, a format that does not exist, a tied weight is adapted, or peft is
             missing.
         ModelError: The base model cannot be loaded.
@@ -69,12 +67,20 @@ def _base_named_in(checkpoint: Path) -> str:
         raise CheckpointError(
             f"{checkpoint / 'adapter_config.json'} names no base model", hint="write it there: base_model_name_or_path"
         )
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise CheckpointError(
+            f"the base model of {checkpoint} is not at {base} any more",
+            hint="put it back, or write its place into adapter_config.json: base_model_name_or_path",
+        )
     return str(base)
 
 
 def _format_of(base: str) -> str:
     """Return the format that a model's files are in, fp32 where its config does not say."""
-    dtype: Any = getattr(require_transformers().AutoConfig.from_pretrained(base), "dtype", None) or torch.float32
+    try:
+        dtype: Any = getattr(require_transformers().AutoConfig.from_pretrained(base), "dtype", None)
+    except (OSError, ValueError):  # loading it will say so better
+        dtype = None
     return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
 
 
