@@ -161,7 +161,7 @@ def _build(
 ) -> Run:
     recipe = resolved.recipe
     torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
-    rng.seed_everything(recipe.train.seed, ranks.rank)
+    rng.seed_everything(recipe.train.seed)  # what techniques draw (adapters) must be the same on all ranks
     datasets = {
         split: SampleDataset(_limit(split, found, recipe), encoder, cache_bytes=recipe.data.cache_bytes or 0)
         for split, found in samples.items()
@@ -170,6 +170,8 @@ def _build(
     model = ranks.together(lambda: _load(recipe, resolved.policy, checkpoint))
     model.to(resolved.device).train()
     step = make_step(model, resolved)
+    if ranks.rank:
+        rng.seed_everything(recipe.train.seed, ranks.rank)
     note_techniques(step, manifest, say)
     pad = pad_token_id(encoder.tokenizer)
     loader = make_loader(
