@@ -72,7 +72,9 @@ def _type(annotation: Any) -> str:
     if hasattr(annotation, "__metadata__"):
         return _type(get_args(annotation)[0])
     names = {int: "integer", float: "number", str: "text", bool: "true, false"}
-    return names.get(annotation, "two numbers" if origin is tuple else "name: settings" if origin is dict else str(annotation))
+    if origin is dict:
+        return "name: settings"
+    return names.get(annotation, "two numbers" if origin is tuple else str(annotation))
 
 
 def formats() -> str:

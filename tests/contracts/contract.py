@@ -181,7 +181,7 @@ def distance(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], star
     if all(torch.equal(ours[name], plain[name]) for name in plain):
         return 0.0
     off = sum(float((ours[n].double() - plain[n].double()).square().sum()) for n in plain) ** 0.5
-    moved = sum(float((plain[n].double() - start.get(n, torch.zeros(())).double()).square().sum()) for n in plain) ** 0.5
+    moved = (
+        sum(float((plain[n].double() - start.get(n, torch.zeros(())).double()).square().sum()) for n in plain) ** 0.5
+    )
     return max(off / moved if moved else float("inf"), 1e-300)
-
-

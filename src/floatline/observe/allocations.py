@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def record_allocations(device: torch.device) -> Iterator[Allocations]:
 
 def _sum_up(profile: torch.profiler.profile, seen: Allocations) -> None:
     """Add up the allocator's events in their order, and read off the sum at marks."""
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
     events = [(e.start_ns(), e.name(), e.nbytes()) for e in results.events() if e.name() == "[memory]" or _is_mark(e)]
     live = 0
     for _, name, size in sorted(events, key=lambda event: event[0]):
@@ -83,5 +84,5 @@ def _sum_up(profile: torch.profiler.profile, seen: Allocations) -> None:
     seen.end = live
 
 
-def _is_mark(event: object) -> bool:
-    return str(event.name()).startswith(_MARK)  # type: ignore[attr-defined]
+def _is_mark(event: Any) -> bool:
+    return str(event.name()).startswith(_MARK)

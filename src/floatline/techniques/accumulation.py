@@ -1,8 +1,9 @@
 """Gradient accumulation: one update from several micro-batches, so that activations of only one exist at a time.
 
 The step weights each micro-batch's mean loss by its number of targets, so the sum is the full batch's loss, which
-`loss / N` is not when the counts differ (transformers#34191). Activations shrink to 1/N; gradients, weights and optimizer
-state stay. The result equals the full batch to rounding; batch norm sees smaller batches, so there it differs.
+`loss / N` is not when the counts differ (transformers#34191). Activations shrink to 1/N; gradients, weights and
+optimizer state stay. The result equals the full batch to rounding; batch norm sees smaller batches, so with it results
+differ.
 
 A batch is cut along its rows. Tensors with one entry a row are cut with them. Image tensors of vision-language models
 (`pixel_values` and `image_grid_thw`, joined over the rows) are cut where the image tokens of `input_ids` say.
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.rows import cut_rows, rows_of

@@ -1,6 +1,6 @@
 """Find a model's repeated layers: the parts that techniques recompute, compile or shard one by one.
 
-Hugging Face models mark theirs: every decoder or encoder layer that may be recomputed is a `GradientCheckpointingLayer`.
+Hugging Face models mark theirs: each decoder or encoder layer that may be recomputed is a `GradientCheckpointingLayer`.
 Elsewhere the layers are the children of the outermost `ModuleList` or `Sequential` that repeats one class.
 """
 
