@@ -37,7 +37,8 @@ def ranks(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     places = os.pathsep.join([*sys.path, str(HERE.parent), str(HERE.parent / "contracts")])
-    common = {**os.environ, "PYTHONPATH": places, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**os.environ, "PYTHONPATH": places, **meeting}
     line = [sys.executable, str(HERE / "two_ranks.py"), str(home)]
     both = [
         subprocess.Popen(line, env={**common, "RANK": str(rank), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
