@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import zoo
+ZOO = Path(__file__).parent.parent / "tests" / "zoo.py"
 
+
+def _load_zoo() -> Any:
+    spec = importlib.util.spec_from_file_location("zoo", ZOO)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["zoo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+zoo = _load_zoo()
 VOCABULARY = 8192
 
 

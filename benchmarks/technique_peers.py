@@ -10,13 +10,12 @@ from torch import nn
 
 import floatline as fl
 from floatline.step import default_loss, move
+from race import Contestant, adamw, tensors_of
 from technique_models import Work
 
 
-def transformers_checkpointing(name: str, work: Work, device: torch.device) -> Any:
+def transformers_checkpointing(name: str, work: Work, device: torch.device) -> Contestant | None:
     """transformers' own gradient checkpointing, non-reentrant, inside our plain step; only for its models."""
-    from techniques import Contestant, adamw, tensors_of
-
     model = work.build().to(device)
     if not hasattr(model, "gradient_checkpointing_enable"):
         return None
@@ -27,10 +26,8 @@ def transformers_checkpointing(name: str, work: Work, device: torch.device) -> A
     return Contestant(name, lambda: step(batch), lambda: tensors_of(model, step.optimizer), step.optimizer, recording)
 
 
-def save_on_cpu(name: str, work: Work, device: torch.device) -> Any:
+def save_on_cpu(name: str, work: Work, device: torch.device) -> Contestant:
     """torch's save_on_cpu hooks around forward and loss, inside our plain step."""
-    from techniques import Contestant, adamw, tensors_of
-
     recording: list[Any] = []
     inner = _marking(work, recording)
 
@@ -44,11 +41,9 @@ def save_on_cpu(name: str, work: Work, device: torch.device) -> Any:
     return Contestant(name, lambda: step(batch), lambda: tensors_of(model, step.optimizer), step.optimizer, recording)
 
 
-def accelerate_accumulation(name: str, work: Work, device: torch.device) -> Any:
+def accelerate_accumulation(name: str, work: Work, device: torch.device) -> Contestant:
     """accelerate's accumulation over 4 micro-batches: `accumulate`, `backward`, `clip_grad_norm_`."""
     from accelerate import Accelerator
-
-    from techniques import Contestant, adamw, tensors_of
 
     accelerator = Accelerator(gradient_accumulation_steps=4, cpu=device.type == "cpu")
     model, optimizer = accelerator.prepare(work.build(), adamw([nn.Parameter(torch.zeros(1))]))
@@ -68,11 +63,9 @@ def accelerate_accumulation(name: str, work: Work, device: torch.device) -> Any:
     return Contestant(name, step, lambda: tensors_of(model, optimizer), optimizer.optimizer, recording)
 
 
-def fabric_accumulation(name: str, work: Work, device: torch.device) -> Any:
+def fabric_accumulation(name: str, work: Work, device: torch.device) -> Contestant:
     """Lightning Fabric's accumulation over 4 micro-batches, as its guide writes the loop."""
     from lightning.fabric import Fabric
-
-    from techniques import Contestant, adamw, tensors_of
 
     fabric = Fabric(accelerator=device.type, devices=1)
     model = work.build()
@@ -106,7 +99,7 @@ def _quarters(model: nn.Module, work: Work, device: torch.device) -> list[Any]:
     return [move(part, device) for part in fl.techniques.Accumulation(micro_batches=4).apply(model).split(work.batch())]
 
 
-PEERS: dict[str, Callable[[str, Work, torch.device], Any]] = {
+PEERS: dict[str, Callable[[str, Work, torch.device], Contestant | None]] = {
     "transformers checkpointing": transformers_checkpointing,
     "torch save_on_cpu (offload to host)": save_on_cpu,
     "accelerate accumulation, 4": accelerate_accumulation,

@@ -20,9 +20,8 @@ import argparse
 import gc
 import os
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +32,12 @@ import torch
 import floatline as fl
 import technique_peers as peers
 from common import print_table, progress, quantile, report
-from floatline.observe.allocations import Allocations, record_allocations
+from floatline.observe.allocations import Allocations
 from floatline.step import default_loss, move
+from race import Contestant, adamw, tensors_of, time_in_turns, weigh
 from technique_models import WORKS, Work
 
 PACKAGES = ("floatline", "torch", "transformers", "torchao", "torch-optimi", "peft", "accelerate", "lightning")
-
-
-@dataclass
-class Contestant:
-    """Something that trains one model a step at a time.
-
-    Attributes:
-        step: Makes one update.
-        tensors: () -> what lives between steps: weights, buffers, optimizer state.
-        optimizer: Whose state is weighed; None where it is out of reach.
-        recording: Where the end of the forward is noted, while memory is recorded.
-    """
-
-    name: str
-    step: Callable[[], Any]
-    tensors: Callable[[], list[torch.Tensor]]
-    optimizer: torch.optim.Optimizer | None = None
-    recording: list[Allocations] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -161,34 +143,6 @@ def ours(name: str, work: Work, techniques: list[str], device: torch.device) -> 
     )
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW as everybody here uses it."""
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-
-def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Return what lives between steps."""
-    return [*model.parameters(), *model.buffers(), *state_of(optimizer)]
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-
-
-def bytes_of(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes of tensors, shared storages once; of quantised ones the parts that they are made of."""
-    storages: dict[int, int] = {}
-    for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            inner = [getattr(tensor, name) for name in names]
-        else:
-            inner = [tensor]
-        for part in inner:
-            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
 def contestants(work: Work, words: list[str] | None, device: torch.device) -> list[Contestant]:
     """Return all contestants on a model whose names hold one of the words, the plain step first."""
     plans: list[tuple[str, Callable[[], Contestant]]] = [
@@ -207,41 +161,6 @@ def contestants(work: Work, words: list[str] | None, device: torch.device) -> li
             if contestant is not None:
                 made.append(contestant)
     return made
-
-
-def weigh(contestant: Contestant, device: torch.device) -> tuple[int, int, int]:
-    """Return activations, peak and optimizer state of one step in bytes; two steps before it warm up."""
-    contestant.step()
-    contestant.step()
-    gc.collect()
-    with record_allocations(device) as seen:
-        contestant.recording.append(seen)
-        contestant.step()
-        contestant.recording.clear()
-    state = bytes_of(state_of(contestant.optimizer)) if contestant.optimizer is not None else 0
-    return seen.marks.get("forward", 0), bytes_of(contestant.tensors()) + seen.peak, state
-
-
-def time_in_turns(racers: list[Contestant], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds of a step of each contestant, one a round; who begins changes from round to round."""
-    seconds: dict[str, list[float]] = {racer.name: [] for racer in racers}
-    for number in range(rounds):
-        shift = number % len(racers)
-        for racer in racers[shift:] + racers[:shift]:
-            progress(f"round {number + 1}/{rounds}: {racer.name}")
-            seconds[racer.name].append(_one_step(racer, device))
-    progress("")
-    return seconds
-
-
-def _one_step(racer: Contestant, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    racer.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure(work: Work, words: list[str] | None, rounds: int, device: torch.device) -> list[Row]:

@@ -36,7 +36,9 @@ def ranks(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = os.pathsep.join([*sys.path, str(HERE.parent), str(HERE.parent / "contracts")])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**os.environ, "PYTHONPATH": places, **meeting}
     line = [sys.executable, str(HERE / "two_ranks.py"), str(home)]
     both = [
         subprocess.Popen(line, env={**common, "RANK": str(rank), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
@@ -82,6 +84,14 @@ def test_two_ranks_are_near_one_process_in_half_precision(ranks, scenarios, name
             assert applied == my_applied
     first, second = ranks[0][name]["parameters"], ranks[1][name]["parameters"]
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_other_techniques_work_on_two_ranks_as_on_one(ranks, scenarios):
+    assert {"checkpointing", "offload", "chunked_loss", "lora", "compile"} <= set(scenarios.TOGETHER)
+    for name in scenarios.TOGETHER:
+        one = scenarios.together(0, 1, name)
+        for rank in ranks:
+            torch.testing.assert_close(rank[f"with {name}"], one, rtol=1e-5, atol=1e-5, msg=f"{name}: {one}")
 
 
 def test_batch_norms_keep_their_format(ranks):

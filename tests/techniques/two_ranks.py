@@ -1,6 +1,6 @@
 """What two gloo processes do for test_sharding: each function runs on both, on its half of the rows.
 
-    python two_ranks.py RESULTS_DIRECTORY        under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+    python two_ranks.py RESULTS_DIRECTORY    under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, with tests/ importable
 
 Every rank writes `rank{N}.pt`: scenario -> what it returned.
 """
@@ -8,9 +8,9 @@ Every rank writes `rank{N}.pt`: scenario -> what it returned.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import contract
 import torch
+from contract import SPECS
 from torch import nn
 
 import floatline as fl
@@ -185,6 +185,24 @@ def agreeing(rank, size):
     }
 
 
+def together(rank, size, name):
+    """Another technique beside sharding, as the contract runs it."""
+    spec, case = SPECS[name], ZOO["qwen3_vl"]
+    techniques = [spec.on(case.name), *["sharding"] * (size > 1)]
+    step = contract.make_step(case, techniques, "32-true", clip=spec.clip)
+    updates = numbers([step(share(step, case.batch(seed), rank, size)) for seed in range(UPDATES)])
+    step.undo()
+    return updates
+
+
+TOGETHER = [
+    name
+    for name, spec in SPECS.items()
+    if "qwen3_vl" in spec.models
+    and name not in ("sharding", "precision", "batching")  # batching cuts by tokens: its own tests
+    and not contract.conflict(spec, SPECS["sharding"])
+]
+
 OTHER = {
     "a nan": lambda r, n: one_bad_rank(r, n, "32-true", float("nan")),
     "an overflow": lambda r, n: one_bad_rank(r, n, "16-mixed", 3e4),
@@ -199,6 +217,7 @@ def main(home):
     torch.set_num_threads(1)
     ranks = join_ranks("cpu")
     results = {name: run(ranks.rank, ranks.size) for name, run in {**SAME, **NEAR, **OTHER}.items()}
+    results |= {f"with {name}": together(ranks.rank, ranks.size, name) for name in TOGETHER}
     torch.save(results, Path(home) / f"rank{ranks.rank}.pt")
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from floatline.errors import ConfigError, RunDirectoryError
+from floatline.errors import ConfigError, FloatlineError, RunDirectoryError
+from floatline.techniques import HOMES
 from floatline.train import load_recipe, train
 from floatline.train.checkpoint import list_checkpoints, load_state
 from floatline.train.recipe import parse_recipe
@@ -128,3 +129,68 @@ def test_a_run_may_go_on_with_other_accumulation_but_not_with_another_rank(recip
     assert train(again).status == "already finished"
     with pytest.raises(RunDirectoryError, match=r"another recipe: train.lr"):
         train(load_recipe(recipe_file, [*small, "train.lr=5e-3"]))
+
+
+SMALL = ["precision=32-true", "train.steps=6", "train.checkpoint_every=3", "eval.every=6", "eval.max_samples=4",
+         "data.test=null"]  # fmt: skip
+EACH = {
+    "precision": ["precision=auto", "techniques.precision.policy=bf16-mixed"],
+    "accumulation": ["techniques.accumulation.micro_batches=2"],
+    "checkpointing": ["techniques.checkpointing=true"],
+    "attention": ["techniques.attention.kernel=math"],
+    "offload": ["techniques.offload.to=disk"],
+    "sharding": ["techniques.sharding=true"],
+    "batching": ["techniques.batching.max_tokens=256", "techniques.batching.window=2"],
+    "packing": ["techniques.packing=true"],
+    "low_bit_optimizer": ["techniques.low_bit_optimizer=true"],
+    "optimizer_offload": ["techniques.optimizer_offload=true"],
+    "kahan": ["techniques.kahan=true", "precision=bf16-true"],
+    "stochastic_rounding": ["techniques.stochastic_rounding=true", "precision=bf16-true"],
+    "optimizer_in_backward": ["techniques.optimizer_in_backward=true", "train.max_grad_norm=null"],
+    "freezing": ["techniques.freezing.modules=[model.visual]"],
+    "lora": ["techniques.lora.rank=2"],
+    "chunked_loss": ["techniques.chunked_loss.chunk_tokens=64"],
+    "compile": ["techniques.compile.backend=aot_eager"],
+}
+
+
+def test_every_technique_is_switched_on_here():
+    assert set(EACH) == set(HOMES)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_each_trains_from_a_recipe_and_resumes_to_the_bit(name, recipe_file, losses, tmp_path):
+    """Six updates at a stretch, and three, a stop and three more."""
+    if name == "sharding":
+        pytest.skip("a group of ranks ends with its process: test_sharded.py")
+    whole = load_recipe(recipe_file, [*SMALL, *EACH[name]])
+    assert train(whole).status == "finished"
+    halves = load_recipe(recipe_file, [*SMALL, *EACH[name], f"run.dir={tmp_path / 'halves'}"])
+    train(halves)
+    shutil.rmtree(tmp_path / "halves/checkpoints/step-00000006")
+    manifest = json.loads((tmp_path / "halves/run.json").read_text())
+    (tmp_path / "halves/run.json").write_text(json.dumps({**manifest, "status": "failed"}))
+    assert train(halves).status == "finished"
+    assert json.loads((tmp_path / "halves/run.json").read_text())["resumed"][0]["at_step"] == 3
+    assert losses(whole.run.dir) == losses(halves.run.dir)
+    named = [t["technique"].partition("(")[0] for t in manifest["techniques"]]
+    assert named == ([] if name == "precision" else [name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["batching.max_tokens=256", "accumulation.micro_batches=2"], "and techniques.accumulation both make"),
+        (["packing=true"], "packing and train.micro_batch_size=4 both make micro-batches"),
+        (["optimizer_in_backward=true"], "optimizer_in_backward cannot be used in this step"),
+        (["kahan=true", "stochastic_rounding=true"], "cannot be combined"),
+        (["batching.max_tokens=3"], "max_tokens"),
+        (["freezing.modules=[model.vision]"], "near names: model.visual"),
+        (["lora.targets=[model.language_model.layers.*.q]"], "near names"),
+    ],
+)
+def test_what_does_not_go_together_is_explained(overrides, text, recipe_file):
+    more = ["train.micro_batch_size=4"] if overrides == ["packing=true"] else []
+    with pytest.raises(FloatlineError) as error:
+        train(load_recipe(recipe_file, [*SMALL, *more, *(f"techniques.{o}" for o in overrides)]))
+    assert text in str(error.value) and error.value.hint

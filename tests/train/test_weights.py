@@ -99,6 +99,46 @@ def test_any_kind_reads_any_kind(tmp_path, before, after):
     assert same(values(step), values(other))
 
 
+class Wide(Net):
+    """Large enough for low-bit state, which leaves tensors of less than 4096 elements alone."""
+
+    def __init__(self, seed=0):
+        nn.Module.__init__(self)
+        torch.manual_seed(seed)
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 1)
+
+    def forward(self, x):
+        return self.down(self.up(x).tanh()).square().mean()
+
+
+def load_wide(path):
+    model = Wide()
+    model.load_state_dict(torch.load(path / "model.pt"))
+    return model
+
+
+@pytest.mark.parametrize("before", [["low_bit_optimizer"], ["low_bit_optimizer", "sharding"]], ids=["plain", "sharded"])
+@pytest.mark.parametrize("after", [["low_bit_optimizer"], ["low_bit_optimizer", "sharding"], []], ids=str)
+def test_low_bit_state_goes_through_shards_as_what_it_stands_for(tmp_path, before, after):
+    pytest.importorskip("torchao")
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    step, other = (
+        fl.TrainStep(Wide(seed), torch.optim.AdamW, precision="32-true", techniques=techniques)
+        for seed, techniques in enumerate((before, after))
+    )
+    step(x)
+    weights = make_weights(step, Saved(), load_wide)
+    plain, shards = weights.split(step.state_dict())
+    assert all(type(shard.to_local()) is torch.Tensor for shard in shards.values())
+    weights.write(tmp_path, shards)
+    torch.save(plain, tmp_path / STATE)
+    weights = make_weights(other, Saved(), load_wide)
+    other.load_state_dict(weights.resume(tmp_path))
+    weights.read(tmp_path)
+    assert float(step(x).loss) == float(other(x).loss)
+    assert float(step(x).loss) == pytest.approx(float(other(x).loss), rel=5e-3)  # the moments were quantised anew
+
+
 def test_the_model_directory_is_whole_and_ties_stay_ties(tmp_path):
     step = make(["sharding"])
     with torch.no_grad():

@@ -149,7 +149,7 @@ class TrainStep:
         hardware = detect() if self.device.type == "cuda" else resolve_hardware("cpu")
         choice = resolve_precision(_one_precision(precision, self.stack), hardware)
         self.policy, self.precision_reason = choice.policy, choice.reason
-        self._refuse_techniques()
+        self.stack.refuse(self.policy, max_grad_norm)
         names = names_of(model)
         self._exact: dict[str, torch.Tensor] = {}
         self.stack.apply(model, hardware, self._apply_precision, self.policy)
@@ -164,14 +164,6 @@ class TrainStep:
         if getattr(self.schedule, "optimizer", self.optimizer) is not self.optimizer:
             self.schedule.optimizer = self.optimizer  # type: ignore[union-attr]  # it was made for the one replaced
         self.sentinel = Sentinel(guard or Guard(), loss_scaling=self.scaling.active)
-
-    def _refuse_techniques(self) -> None:
-        for technique in self.stack.techniques:
-            reason = technique.refuses(self.policy, self.max_grad_norm)
-            if reason:
-                raise ConfigError(
-                    f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}"
-                )
 
     def _apply_precision(self) -> Callable[[], None]:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from floatline.techniques.low_bit_state import decode, encode, is_quantised, state_classes, torchao_optim
+from floatline.techniques.shards import laid_out_like
 from floatline.techniques.wrapped_optimizer import load_in_place, saved_state_of, share
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
@@ -88,7 +89,7 @@ class LowBitAdam(torch.optim.Optimizer):
         if type(value) is type(fresh) and is_quantised(value) and value.block_size == fresh.block_size:
             return self._with_shared_table(value.to(parameter.device))
         full = value.dequantize() if is_quantised(value) else value
-        fresh.copy_(full.to(parameter.device, torch.float32))
+        fresh.copy_(laid_out_like(full.to(parameter.device, torch.float32), parameter))
         return fresh
 
 

@@ -113,6 +113,18 @@ def laid_out_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(local, mesh, placements, src_data_rank=None)  # nothing is sent: all ranks have it whole
 
 
+def dequantised(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in shards with quantised ones (of low-bit optimizer state) as the fp32 values they stand for."""
+    local = _local(tensor)
+    if type(local) is torch.Tensor or not hasattr(local, "dequantize"):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    whole, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(local.dequantize(), mesh, placements, run_check=False, shape=whole, stride=stride)
+
+
 def reshard(model: nn.Module) -> None:
     """Put every gathered weight of a sharded model away, so that its parameters are its shards.
 

@@ -53,6 +53,19 @@ class Stack:
         """Return the technique of that name, None where there is none."""
         return next((technique for technique in self.techniques if technique.name == name), None)
 
+    def refuse(self, policy: Policy, max_grad_norm: float | None) -> None:
+        """Raise if one of them cannot run in a step of that precision and clipping.
+
+        Raises:
+            ConfigError: It says which, why and what to do.
+        """
+        for technique in self.techniques:
+            reason = technique.refuses(policy, max_grad_norm)
+            if reason:
+                raise ConfigError(
+                    f"{technique} cannot be used in this step: {reason}", hint=f"or drop {technique.name}"
+                )
+
     def apply(
         self,
         model: nn.Module,

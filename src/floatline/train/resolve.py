@@ -145,13 +145,32 @@ def _fill_sizes(filler: _Filler, train_samples: int) -> None:
 
 
 def _fill_micro_batch(filler: _Filler, batch_size: int) -> int:
-    """Samples per forward: as asked, as techniques.accumulation asks, or the whole batch."""
-    accumulation = filler.tree["techniques"].get("accumulation")
-    if accumulation is None:
-        return int(filler.fill("train.micro_batch_size", batch_size, "no split of the batch was asked for"))
-    parts = accumulation["micro_batches"]
-    key, size = f"techniques.accumulation.micro_batches={parts}", -(-batch_size // parts)
-    micro = int(filler.fill("train.micro_batch_size", size, f"{key} of {batch_size} samples"))
+    """Samples per forward: as asked, as techniques.accumulation asks, or the whole batch.
+
+    Packing and a token budget make the micro-batches themselves, of whole batches.
+    """
+    techniques = filler.tree["techniques"]
+    budget = techniques.get("batching", {}).get("max_tokens")
+    cutter = f"techniques.batching.max_tokens={budget}" if budget else "packing" if "packing" in techniques else ""
+    asked = filler.get("train.micro_batch_size")
+    if cutter and asked not in (None, batch_size):
+        other = "" if budget else ", or use techniques.accumulation.micro_batches"
+        hint = f"leave train.micro_batch_size open{other}"
+        raise ConfigError(f"{cutter} and train.micro_batch_size={asked} both make micro-batches", hint=hint)
+    if budget and "accumulation" in techniques:
+        raise ConfigError(
+            f"{cutter} and techniques.accumulation both make micro-batches", hint="set techniques.accumulation=null"
+        )
+    if cutter:
+        return int(filler.fill("train.micro_batch_size", batch_size, f"{cutter} makes the micro-batches"))
+    if "accumulation" in techniques:
+        return _micro_batch_of_accumulation(filler, batch_size, techniques["accumulation"]["micro_batches"])
+    return int(filler.fill("train.micro_batch_size", batch_size, "no split of the batch was asked for"))
+
+
+def _micro_batch_of_accumulation(filler: _Filler, batch_size: int, parts: int) -> int:
+    key = f"techniques.accumulation.micro_batches={parts}"
+    micro = int(filler.fill("train.micro_batch_size", -(-batch_size // parts), f"{key} of {batch_size} samples"))
     if -(-batch_size // micro) != parts:
         raise ConfigError(
             f"{key} and train.micro_batch_size={micro} do not fit train.batch_size={batch_size}",

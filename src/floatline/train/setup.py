@@ -20,7 +20,7 @@ from floatline.hardware import resolve as resolve_hardware
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Guard, TrainStep
-from floatline.techniques import OneRank
+from floatline.techniques import OneRank, Stack
 from floatline.train import rng
 from floatline.train.adapter_weights import AdapterWeights, make_weights
 from floatline.train.checkpoint import (
@@ -31,6 +31,7 @@ from floatline.train.checkpoint import (
     step_of,
 )
 from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
+from floatline.train.data.lengths import token_lengths
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import holds_adapter, load_model, load_processor, model_files
@@ -82,7 +83,8 @@ def _check(
     recipe: Recipe, manifest: Manifest, say: Say, ranks: OneRank
 ) -> tuple[SampleEncoder, dict[str, list[Sample]]]:
     refuse_uneven_batch(recipe, ranks)
-    resolve_precision(recipe.precision, resolve_hardware(recipe.hardware))  # a mistake here shows before data are read
+    choice = resolve_precision(recipe.precision, resolve_hardware(recipe.hardware))
+    Stack(recipe.make_techniques()).refuse(choice.policy, recipe.train.max_grad_norm)  # before data are read
     processor = load_processor(recipe.model.path)
     encoder = SampleEncoder(
         processor, max_length=recipe.data.max_length, max_answer_tokens=recipe.data.max_answer_tokens
@@ -174,18 +176,7 @@ def _build(
         rng.seed_everything(recipe.train.seed, ranks.rank)
     note_techniques(step, manifest, say)
     pad = pad_token_id(encoder.tokenizer)
-    loader = make_loader(
-        datasets["train"],
-        batch_size=recipe.train.batch_size,
-        shuffle=True,
-        seed=recipe.train.seed,
-        num_workers=recipe.data.num_workers or 0,
-        collate=MicroBatches(Collator(pad), recipe.train.micro_batch_size or recipe.train.batch_size),
-        drop_last=True,
-        pin_memory=resolved.device.type == "cuda",
-        rank=ranks.rank,
-        ranks=ranks.size,
-    )
+    loader = _make_loader(datasets["train"], encoder, resolved, step, ranks)
     evaluator = Evaluator(
         model,
         step.precision,
@@ -203,6 +194,34 @@ def _build(
         say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
         state["best"] = ranks.on_first(partial(_best_that_is_left, state["best"], rundir, say))
     return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state)
+
+
+def _make_loader(
+    dataset: SampleDataset, encoder: SampleEncoder, resolved: Resolved, step: TrainStep, ranks: OneRank
+) -> Any:
+    """Return the loader of this rank's share of each update, in micro-batches as the recipe asks for.
+
+    A token budget needs bare samples: the loader cuts them. Packing needs whole batches: the step cuts them.
+    """
+    recipe = resolved.recipe
+    bucketing: Any = step.stack.find("batching")
+    collate: Any = Collator(pad_token_id(encoder.tokenizer))
+    if bucketing is None or bucketing.max_tokens is None:
+        collate = MicroBatches(collate, recipe.train.micro_batch_size or recipe.train.batch_size)
+    return make_loader(
+        dataset,
+        batch_size=recipe.train.batch_size,
+        shuffle=True,
+        seed=recipe.train.seed,
+        num_workers=recipe.data.num_workers or 0,
+        collate=collate,
+        drop_last=True,
+        pin_memory=resolved.device.type == "cuda",
+        bucketing=bucketing,
+        lengths=token_lengths(dataset.samples, encoder) if bucketing is not None else None,
+        rank=ranks.rank,
+        ranks=ranks.size,
+    )
 
 
 def _checkpoint_to_go_on_from(rundir: RunDirectory, say: Say) -> Path | None:

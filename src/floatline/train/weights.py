@@ -10,7 +10,8 @@ FSDP2) also writes each rank's shards of weights and optimizer state, side by si
       trainer_state.pt                      the rest; where a tensor lies in shards/, its key stands there
 
 Shards know which part of a tensor they are, so they are read back on any number of ranks, and by a run that does not
-shard at all; a plain checkpoint is read into shards likewise.
+shard at all; a plain checkpoint is read into shards likewise. Low-bit optimizer state, whose blocks lie otherwise on
+another number of ranks, goes into shards as fp32: a resume quantises it anew, so it is not exact to the bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 
 from floatline.step import TrainStep
 from floatline.techniques import OneRank
-from floatline.techniques.shards import full_tensor, is_sharded, laid_out_like, reshard
+from floatline.techniques.shards import dequantised, full_tensor, is_sharded, laid_out_like, reshard
 from floatline.train.checkpoint import load_state
 
 SHARDS = "shards"
@@ -148,7 +149,7 @@ def _emptied(tree: Any, path: str, shards: dict[str, torch.Tensor]) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(_emptied(value, f"{path}.{index}", shards) for index, value in enumerate(tree))
     if isinstance(tree, torch.Tensor) and is_sharded(tree):
-        shards[path] = tree.detach()
+        shards[path] = dequantised(tree.detach())
         return {_KEY: path}
     return tree
 
