@@ -9,8 +9,8 @@ from torch import nn
 import floatline as fl
 from floatline.techniques.groups import leave_ranks
 from floatline.techniques.shards import full_tensor, is_sharded
-from floatline.train.checkpoint import STATE
 from floatline.train.adapter_weights import make_weights
+from floatline.train.checkpoint import STATE
 from floatline.train.weights import PlainWeights, ShardedWeights, _emptied, _filled, _keys_in
 
 

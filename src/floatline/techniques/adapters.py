@@ -109,7 +109,7 @@ def save_adapter(
 def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
     """Return the class that `peft.AutoPeftModel` makes the base model of, None where that is not transformers'."""
     kind = next((kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")), None)
-    return kind and {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__} if kind is not None else None
 
 
 @torch.no_grad()

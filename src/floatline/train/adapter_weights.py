@@ -6,9 +6,9 @@
       processor and tokenizer files
       trainer_state.pt              optimizer state, random numbers ... (weights.py)
 
-transformers' `from_pretrained` and peft's load such a directory, with the base model it names. To resume, the base model
-is loaded as at the start (the same files, in the same format), the techniques are applied, and then the adapters are
-read: what was frozen is bit for bit what it was.
+transformers' and peft's `from_pretrained` load such a directory, with the base model it names. To resume, the base
+model is loaded as at the start (the same files, in the same format), the techniques are applied, and then the adapters
+are read: what was frozen is bit for bit what it was. A base model that has changed is refused (identity.py).
 
 Under FSDP2 rank 0 writes the adapters gathered; they are small, so shards hold only optimizer state. Every rank reads
 all of them and keeps its share, so the number of ranks may change.
@@ -28,7 +28,7 @@ from torch import nn
 
 from floatline.errors import ConfigError
 from floatline.step import TrainStep
-from floatline.techniques import OneRank, Stack
+from floatline.techniques import Stack
 from floatline.techniques.adapters import adapted_layers, adapter_state, load_adapter, save_adapter
 from floatline.techniques.shards import full_tensor, is_sharded, reshard
 from floatline.train.weights import PlainWeights, ShardedWeights

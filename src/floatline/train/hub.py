@@ -164,10 +164,10 @@ def holds_adapter(path: str | Path) -> bool:
 
 
 def model_files(path: str) -> list[Path]:
-    """Return the files that a model's config and weights were loaded from, of a directory or of a hub id in the cache."""
+    """Return the files of a model that was loaded: its config and weights, of a directory or a hub id's cache."""
     from transformers.utils import cached_file
 
-    home = Path(cached_file(path, "config.json")).parent
+    home = Path(str(cached_file(path, "config.json"))).parent
     weights = sorted(home.glob("*.safetensors*")) or sorted(home.glob("*.bin*"))
     return [home / "config.json", *weights]
 

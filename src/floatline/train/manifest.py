@@ -15,7 +15,7 @@ import torch
 from floatline.hardware import detect
 from floatline.train.rundir import RunDirectory
 
-_PACKAGES = ("floatline", "torch", "transformers", "tokenizers", "torchdata", "numpy")
+_PACKAGES = ("floatline", "torch", "transformers", "tokenizers", "peft", "torchdata", "numpy")
 
 
 class Manifest:
