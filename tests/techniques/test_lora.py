@@ -225,6 +225,44 @@ def test_saves_what_peft_loads(zoo, tmp_path, train_also):
         assert torch.equal(again.eval()(**case.batch(5)).logits, model(**case.batch(5)).logits)
 
 
+class Token(nn.Module):
+    """A parameter of its own beside modules, as vision transformers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(4))
+        self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.fc(x + self.token))
+
+
+def test_a_parameter_beside_modules_is_saved_with_them(tmp_path):
+    import peft
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(Token(), nn.Linear(4, 4))
+
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    model = build()
+    step = fl.TrainStep(
+        model,
+        sgd,
+        precision="32-true",
+        loss=lambda m, batch: m(batch).square().mean(),
+        techniques=[Lora(targets=("1",), train_also=("0",), rank=2)],
+    )
+    for _ in range(3):
+        step(x)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["0"]
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(theirs(x), model(x)) and not torch.equal(model(x), build()(x))
+    with pytest.raises(ConfigError, match=r"names 0.token, but peft's format keeps 0 whole or not at all, and 0.fc in"):
+        Lora(targets=("0.fc",), train_also=("0.token",)).apply(build())
+
+
 def test_an_adapter_that_does_not_fit(zoo, tmp_path):
     model = zoo["gpt2"].build()
     Lora(rank=2).apply(model)

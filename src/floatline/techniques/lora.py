@@ -34,6 +34,7 @@ from floatline.hardware import Hardware
 from floatline.techniques.adapters import ADAPTER, accept_plain_weights, adapted_layers
 from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.freezing import select_parameters
+from floatline.techniques.layers import outermost
 from floatline.techniques.lora_targets import is_transposed_linear, matched_layers, usual_targets
 
 
@@ -111,7 +112,7 @@ class Lora(Technique):
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             target_modules="|".join(map(re.escape, targets)),  # a text is a pattern of whole names
-            modules_to_save=sorted({name.rpartition(".")[0] for name in also}) or None,
+            modules_to_save=_modules_of(model, also) or None,
             base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         )
 
@@ -145,11 +146,25 @@ class Lora(Technique):
                     f"lora.train_also names {name}, a parameter of the model itself, which peft's format cannot hold",
                     hint="name modules, or parameters of modules",
                 )
-            if name.rpartition(".")[0] in targets:
+            module = name.rpartition(".")[0]
+            if module in targets:
                 raise ConfigError(
                     f"lora.train_also names {name}, which is in a layer that gets an adapter",
                     hint="leave the layer out of lora.targets, or out of lora.train_also",
                 )
+            inside = next((target for target in targets if target.startswith(f"{module}.")), None)
+            if inside:
+                raise ConfigError(
+                    f"lora.train_also names {name}, but peft's format keeps {module} whole or not at all, and {inside} "
+                    "in it gets an adapter",
+                    hint="leave one of them out of lora.train_also or lora.targets",
+                )
+
+
+def _modules_of(model: nn.Module, also: dict[str, nn.Parameter]) -> list[str]:
+    """Return the modules that hold parameters, in peft's terms: each with all that is in it."""
+    names = sorted({name.rpartition(".")[0] for name in also})
+    return list(outermost({name: model.get_submodule(name) for name in names}))
 
 
 def _refuse_tied(model: nn.Module, also: dict[str, nn.Parameter]) -> None:
