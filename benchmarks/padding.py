@@ -17,7 +17,7 @@ import torch
 
 from common import print_table, report
 from floatline.techniques import padding_report
-from floatline.techniques.buckets import bucketed_updates, cut_by_tokens
+from floatline.techniques.batches.buckets import bucketed_updates, cut_by_tokens
 
 
 def instruction_lengths(count: int = 20_000) -> list[int]:

@@ -135,7 +135,7 @@ def check_refused_or_warned(spec, case):
 @pytest.mark.parametrize("name", SPECS)
 def test_with_a_list_of_micro_batches(name, zoo, plain):
     spec, case = SPECS[name], zoo["qwen3_vl"]
-    from floatline.techniques.rows import cut_rows
+    from floatline.techniques.batches.rows import cut_rows
 
     def halves(model, batch):
         return [cut_rows(model, batch, torch.tensor(rows)) for rows in ([0, 1], [2, 3])]

@@ -5,7 +5,7 @@ import torch
 
 import floatline as fl
 from floatline.errors import ConfigError
-from floatline.techniques.rows import cut_rows, rows_of
+from floatline.techniques.batches.rows import cut_rows, rows_of
 
 
 def run(case, techniques, batch=None):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import floatline as fl
 from floatline.errors import ConfigError, FloatlineWarning
 from floatline.hardware import lookup, resolve
-from floatline.techniques import attention, hf_attention
+from floatline.techniques import attention, attention_hf
 
 Attention = fl.techniques.Attention
 CPU = resolve("cpu")
@@ -162,7 +162,7 @@ def test_a_package_that_cannot_be_used_falls_back(zoo, monkeypatch):
     model = zoo["gpt2"].build()
     applied = Attention(kernel="flash-attn-2").apply(model, lookup("a100"))
     assert applied.notes[0].startswith("flash-attn-2 -> flash: GPT2LMHeadModel keeps sdpa: ")
-    assert hf_attention.implementations(model) == {"sdpa"}
+    assert attention_hf.implementations(model) == {"sdpa"}
 
 
 def test_fp32_and_the_flash_packages(monkeypatch):
@@ -180,28 +180,28 @@ def test_eager_models_are_switched_and_restored(zoo):
     model = case.build()
     model.set_attn_implementation("eager")
     eager = model(**case.batch(0))["loss"].detach()
-    before = [(id(config), name) for config, name in hf_attention.snapshot(model)]
+    before = [(id(config), name) for config, name in attention_hf.snapshot(model)]
     applied = Attention().apply(model, CPU)
-    assert hf_attention.implementations(model) == {"sdpa"}
+    assert attention_hf.implementations(model) == {"sdpa"}
     assert "Qwen3VLForConditionalGeneration: eager -> sdpa" in applied.notes
     ops, loss = ops_of(applied, lambda: model(**case.batch(0))["loss"])
     assert ops[FLASH] and not ops[MATH]
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
     applied.undo()
-    assert [(id(config), name) for config, name in hf_attention.snapshot(model)] == before
+    assert [(id(config), name) for config, name in attention_hf.snapshot(model)] == before
 
 
 def test_parts_with_other_implementations_come_back_as_they_were(zoo):
     model = zoo["qwen3_vl"].build()
     model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
-    before = hf_attention.snapshot(model)
+    before = attention_hf.snapshot(model)
     applied = Attention(kernel="math").apply(model, CPU)
     twin = copy.deepcopy(model)
-    assert hf_attention.implementations(model) == hf_attention.implementations(twin) == {"sdpa"}
+    assert attention_hf.implementations(model) == attention_hf.implementations(twin) == {"sdpa"}
     applied.undo()
-    assert hf_attention.snapshot(model) == before
-    assert hf_attention.implementations(model) == {"eager", "sdpa"}
-    assert hf_attention.implementations(twin) == {"sdpa"}
+    assert attention_hf.snapshot(model) == before
+    assert attention_hf.implementations(model) == {"eager", "sdpa"}
+    assert attention_hf.implementations(twin) == {"sdpa"}
 
 
 def test_a_tower_alone_takes_what_the_whole_refuses(zoo, monkeypatch):
@@ -214,7 +214,7 @@ def test_a_tower_alone_takes_what_the_whole_refuses(zoo, monkeypatch):
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert any(note.startswith("vision_config: ") and "does not support" in note for note in applied.notes)
     applied.undo()
-    assert hf_attention.implementations(model) == {"sdpa"}
+    assert attention_hf.implementations(model) == {"sdpa"}
 
 
 def test_flex_gives_the_same_numbers(monkeypatch):
@@ -223,7 +223,7 @@ def test_flex_gives_the_same_numbers(monkeypatch):
         warnings.simplefilter("ignore")  # flex says that it runs uncompiled
         plain = model(input_ids=ids, labels=ids, use_cache=False).loss
         applied = Attention(kernel="flex").apply(model, lookup("a100"))
-        assert hf_attention.implementations(model) == {"flex_attention"}
+        assert attention_hf.implementations(model) == {"flex_attention"}
         assert applied.notes == () and len(applied.touched) == 2
         monkeypatch.delattr(F, "scaled_dot_product_attention")
         with applied.during():
@@ -235,26 +235,26 @@ def test_flex_and_dropout():
     model = llama(attention_dropout=0.1)
     notes = Attention(kernel="flex").apply(model, lookup("a100")).notes
     assert notes[0] == "flex -> flash: FlexAttention has no dropout, the config asks for 0.1"
-    assert hf_attention.implementations(model) == {"sdpa"}
+    assert attention_hf.implementations(model) == {"sdpa"}
 
 
 def test_auto_keeps_a_kernel_that_was_loaded_where_it_runs():
     model = llama(attn_implementation="flex_attention")
     kept = Attention().apply(model, lookup("a100"))
-    assert hf_attention.implementations(model) == {"flex_attention"}
+    assert attention_hf.implementations(model) == {"flex_attention"}
     assert "LlamaForCausalLM was loaded with flex_attention, which is kept" in kept.notes
     kept.undo()
     switched = Attention().apply(model, lookup("t4"))
-    assert hf_attention.implementations(model) == {"sdpa"}
+    assert attention_hf.implementations(model) == {"sdpa"}
     switched.undo()
-    assert hf_attention.implementations(model) == {"flex_attention"}
+    assert attention_hf.implementations(model) == {"flex_attention"}
 
 
 def test_models_that_return_their_weights_stay_eager(zoo):
     model = llama(attn_implementation="eager", output_attentions=True)
     notes = Attention().apply(model, CPU).notes
     assert any("keeps eager: it is to return its attention weights" in note for note in notes)
-    assert hf_attention.implementations(model) == {"eager"}
+    assert attention_hf.implementations(model) == {"eager"}
 
 
 class Own(nn.Module):
@@ -286,9 +286,9 @@ def test_a_hugging_face_model_inside_of_another(zoo):
     outer = nn.Sequential()
     outer.language = inner
     applied = Attention().apply(outer, CPU)
-    assert hf_attention.implementations(outer) == {"sdpa"} and applied.touched[0].startswith("language.transformer.h.0")
+    assert attention_hf.implementations(outer) == {"sdpa"} and applied.touched[0].startswith("language.transformer.h.0")
     applied.undo()
-    assert hf_attention.implementations(outer) == {"eager"}
+    assert attention_hf.implementations(outer) == {"eager"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
@@ -302,10 +302,10 @@ def test_undo_is_exact(zoo, kernel):
     for name in ("gpt2", "qwen3_vl", "tied"):
         model = zoo[name].build()
         before = {key: dict(module.__dict__) for key, module in model.named_modules()}
-        configs = [dict(config.__dict__) for config in hf_attention.configs_of(model)]
+        configs = [dict(config.__dict__) for config in attention_hf.configs_of(model)]
         Attention(kernel=kernel).apply(model, CPU).undo()
         assert {key: dict(module.__dict__) for key, module in model.named_modules()} == before
-        assert [dict(config.__dict__) for config in hf_attention.configs_of(model)] == configs
+        assert [dict(config.__dict__) for config in attention_hf.configs_of(model)] == configs
 
 
 def test_bad_input(zoo):

@@ -16,7 +16,7 @@ import floatline as fl
 from floatline.errors import ConfigError, FloatlineWarning
 from floatline.techniques import Stage, Technique
 from floatline.techniques.chunked_loss import ChunkedLoss
-from floatline.techniques.deferred_logits import DeferredLogits
+from floatline.techniques.logits.deferred import DeferredLogits
 
 LANGUAGE_MODELS = ["gpt2", "qwen3_vl", "tied"]
 TOLERANCES = {"32-true": (1e-5, 1e-6), "bf16-mixed": (2e-2, 2e-3), "16-mixed": (2e-2, 1e-3)}

@@ -5,7 +5,7 @@ import torch
 
 import floatline as fl
 from floatline.errors import ConfigError
-from floatline.techniques.adapters import adapter_state, plain_state_dict
+from floatline.techniques.adapters.state import adapter_state, plain_state_dict
 from floatline.techniques.chunked_loss import ChunkedLoss
 from floatline.techniques.freezing import Freezing
 from floatline.techniques.lora import Lora

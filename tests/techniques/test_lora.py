@@ -9,7 +9,7 @@ from torch import nn
 
 import floatline as fl
 from floatline.errors import CheckpointError, ConfigError, FloatlineWarning, PrecisionError
-from floatline.techniques.adapters import adapter_state, load_adapter, merge, plain_state_dict, save_adapter
+from floatline.techniques.adapters.state import adapter_state, load_adapter, merge, plain_state_dict, save_adapter
 from floatline.techniques.lora import Lora
 
 ADAPTABLE = ["mlp", "gpt2", "qwen3_vl", "tied"]

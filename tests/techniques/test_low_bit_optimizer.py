@@ -11,8 +11,8 @@ import floatline as fl
 from floatline.errors import ConfigError
 from floatline.hardware import resolve as resolve_hardware
 from floatline.techniques import low_bit_optimizer
-from floatline.techniques.low_bit_state import is_quantised, plain_state
-from floatline.techniques.partial_step import state_bytes
+from floatline.techniques.optim_steps.low_bit_state import is_quantised, plain_state
+from floatline.techniques.optim_steps.partial_step import state_bytes
 
 from .optimizer_cases import adamw, data, furthest, make, mse, net, resumed, same, through_a_file, train
 
@@ -183,8 +183,8 @@ def test_runs_on_fake_tensors_also_the_first_time(bits):
     """In an interpreter where torchao has made no table yet."""
     code = (
         "import torch; from torch import nn; from torch._subclasses.fake_tensor import FakeTensorMode\n"
-        "from floatline.techniques.low_bit_adam import to_torchao\n"
-        "from floatline.techniques.partial_step import state_bytes\n"
+        "from floatline.techniques.optim_steps.low_bit_adam import to_torchao\n"
+        "from floatline.techniques.optim_steps.partial_step import state_bytes\n"
         "with FakeTensorMode():\n"
         "    weight = nn.Parameter(torch.ones(64, 64)); weight.grad = torch.ones(64, 64)\n"
         f"    plain = torch.optim.AdamW([weight]); bits = {bits!r}\n"

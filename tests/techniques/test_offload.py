@@ -13,7 +13,7 @@ from torch import nn
 import floatline as fl
 from floatline.errors import ConfigError, MemoryExceededError
 from floatline.techniques import Offload
-from floatline.techniques.stash import DiskStash, HostStash, Stashed
+from floatline.techniques.offload_stash import DiskStash, HostStash, Stashed
 
 
 class Deep(nn.Module):

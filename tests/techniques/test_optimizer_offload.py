@@ -5,8 +5,8 @@ import torch
 
 import floatline as fl
 from floatline.errors import ConfigError
+from floatline.techniques.optim_steps.partial_step import state_bytes
 from floatline.techniques.optimizer_offload import HostStore, OffloadedOptimizer
-from floatline.techniques.partial_step import state_bytes
 
 from .optimizer_cases import data, make, mse, net, resumed, same, through_a_file, train
 

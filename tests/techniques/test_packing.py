@@ -13,8 +13,8 @@ import floatline as fl
 from floatline.errors import ConfigError, DataError
 from floatline.step.batch import target_count
 from floatline.techniques import Packing
+from floatline.techniques.batches.tokens import token_mask
 from floatline.techniques.packing import fill_rows, pack
-from floatline.techniques.tokens import token_mask
 
 
 def run(case, techniques, batch, precision="32-true"):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from floatline.errors import ConfigError
-from floatline.techniques.partial_step import chunks, only, state_bytes, step_only
-from floatline.techniques.wrapped_optimizer import WrappedOptimizer, load_in_place
+from floatline.techniques.optim_steps.partial_step import chunks, only, state_bytes, step_only
+from floatline.techniques.optim_steps.wrapped import WrappedOptimizer, load_in_place
 
 
 def parameters(*sizes):

@@ -13,9 +13,9 @@ from torch import nn
 import floatline as fl
 from floatline.errors import ConfigError
 from floatline.techniques import Sharding
-from floatline.techniques.groups import fake_ranks, leave_ranks
-from floatline.techniques.ranks import is_connection_fault
-from floatline.techniques.shards import is_sharded, local_bytes, plan_units
+from floatline.techniques.distributed.groups import fake_ranks, leave_ranks
+from floatline.techniques.distributed.ranks import is_connection_fault
+from floatline.techniques.distributed.shards import is_sharded, local_bytes, plan_units
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

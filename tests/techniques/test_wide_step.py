@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import floatline as fl
 from floatline.errors import ConfigError
-from floatline.techniques.wide_step import (
+from floatline.techniques.optim_steps.wide_step import (
     COMPENSATION,
     RANDOMNESS,
     Compensated,

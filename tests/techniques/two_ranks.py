@@ -17,9 +17,9 @@ import floatline as fl
 import zoo
 from floatline.errors import ConfigError, FloatlineError
 from floatline.step.guard import step_by_select
-from floatline.techniques.groups import join_ranks
-from floatline.techniques.rows import cut_rows
-from floatline.techniques.shards import full_tensor
+from floatline.techniques.batches.rows import cut_rows
+from floatline.techniques.distributed.groups import join_ranks
+from floatline.techniques.distributed.shards import full_tensor
 
 ZOO = {case.name: case for case in zoo.CASES}
 UPDATES = 3

@@ -101,6 +101,9 @@ def test_a_checkpoint_is_pefts_directory_and_loads_from_anywhere(run, digits, tm
         ["precision=bf16-mixed; lm_head=32"],
         ["techniques.freezing.modules=[model.visual]", "techniques.checkpointing=true"],
         ["techniques.lora.targets=[gate_proj, up_proj]", "techniques.low_bit_optimizer=true"],
+        ["precision=bf16-true", "techniques.kahan=true"],
+        ["techniques.optimizer_in_backward=true", "train.max_grad_norm=null"],
+        ["techniques.packing=true", "techniques.chunked_loss=true"],
     ],
     ids=lambda overrides: " ".join(o.split(".")[-1].split("=", 1)[-1] for o in overrides),
 )

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import floatline as fl
-from floatline.techniques.groups import leave_ranks
-from floatline.techniques.shards import full_tensor, is_sharded
+from floatline.techniques.distributed.groups import leave_ranks
+from floatline.techniques.distributed.shards import full_tensor, is_sharded
 from floatline.train.adapter_weights import make_weights
 from floatline.train.checkpoint import STATE
 from floatline.train.weights import PlainWeights, ShardedWeights, _emptied, _filled, _keys_in

@@ -22,7 +22,7 @@ from enum import Enum
 import torch
 
 from floatline.errors import ConfigError, NonFiniteError
-from floatline.techniques.select_step import can_select, step_by_select
+from floatline.techniques.optim_steps.select_step import can_select, step_by_select
 
 
 @dataclass(frozen=True, kw_only=True)

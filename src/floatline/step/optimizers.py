@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from floatline.errors import ConfigError
-from floatline.techniques.low_bit_adam import LowBitAdam
-from floatline.techniques.low_bit_state import plain_state
-from floatline.techniques.shards import laid_out_like
-from floatline.techniques.wrapped_optimizer import innermost
+from floatline.techniques.distributed.shards import laid_out_like
+from floatline.techniques.optim_steps.low_bit_adam import LowBitAdam
+from floatline.techniques.optim_steps.low_bit_state import plain_state
+from floatline.techniques.optim_steps.wrapped import innermost
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

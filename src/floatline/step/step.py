@@ -34,9 +34,9 @@ from floatline.step.batch import Batch, LossFunction, default_loss, move, target
 from floatline.step.exchange import share_out
 from floatline.step.guard import Guard, Sentinel
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
+from floatline.step.undisturbed import undisturbed
 from floatline.techniques import Stack, Technique
-from floatline.techniques.shards import laid_out_like
-from floatline.techniques.undisturbed import undisturbed
+from floatline.techniques.distributed.shards import laid_out_like
 
 
 class Schedule(Protocol):

@@ -19,7 +19,7 @@ from torch import nn
 
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.rows import cut_rows, rows_of
+from floatline.techniques.batches.rows import cut_rows, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from floatline.hardware import Hardware, attention_verdict, detect
 from floatline.precision import Policy
-from floatline.techniques import hf_attention
+from floatline.techniques import attention_hf
 from floatline.techniques.base import Applied, Stage, Technique
 
 _BACKENDS = {
@@ -83,16 +83,16 @@ class Attention(Technique):
         return f"it multiplies fp16 and bf16, not {policy}'s fp32; use bf16-mixed, or kernel=efficient"
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
-        taken = hf_attention.snapshot(model)
+        taken = attention_hf.snapshot(model)
         kernel, notes = self._choose(model, hardware)
-        if kernel not in hf_attention.NAMES:
+        if kernel not in attention_hf.NAMES:
             notes += _use_sdpa(model, hardware, keep_others=self.kernel == "auto")
         sdpa = kernel if kernel in _BACKENDS else sdpa_choice("auto", hardware)[0]
         touched = attention_modules(model)
         return Applied(
             technique=self,
             touched=touched,
-            undo=lambda: hf_attention.restore(taken),
+            undo=lambda: attention_hf.restore(taken),
             notes=tuple(notes if touched else [f"{type(model).__name__} seems to have no attention"]),
             during=kernel_order(sdpa, hardware),
         )
@@ -101,10 +101,10 @@ class Attention(Technique):
         """Return the kernel to use, set where it is Hugging Face's, and the notes of how it was chosen."""
         reasons: list[str] = []
         wanted: str | None = self.kernel
-        while wanted in hf_attention.NAMES:
+        while wanted in attention_hf.NAMES:
             reason = _unavailable(wanted, model, hardware)
             if reason is None:
-                changed, kept = _switch_all(model, hf_attention.NAMES[wanted])
+                changed, kept = _switch_all(model, attention_hf.NAMES[wanted])
                 if changed:
                     return wanted, [*_fallback_note(self.kernel, wanted, reasons), *kept]
                 reason = kept[0]  # the whole model's; those of its parts say the same
@@ -156,7 +156,7 @@ def attention_modules(model: nn.Module) -> tuple[str, ...]:
 def _is_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if hf_attention.has_config(module):
+    if attention_hf.has_config(module):
         return type(module).__name__.endswith("Attention")
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "scaled_dot_product_attention" in code.co_names
@@ -164,25 +164,25 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _switch_all(model: nn.Module, implementation: str) -> tuple[bool, list[str]]:
     """Give every Hugging Face part an implementation; returns whether one took it, and what kept its own and why."""
-    results = [hf_attention.switch(part, implementation) for part in hf_attention.hugging_face_parts(model).values()]
+    results = [attention_hf.switch(part, implementation) for part in attention_hf.hugging_face_parts(model).values()]
     return any(changed for changed, _ in results), [reason for _, kept in results for reason in kept]
 
 
 def _use_sdpa(model: nn.Module, hardware: Hardware, *, keep_others: bool) -> list[str]:
     """Switch Hugging Face models to SDPA; under "auto" those that were loaded with a kernel that runs keep it."""
     notes: list[str] = []
-    for part in hf_attention.hugging_face_parts(model).values():
-        now = hf_attention.implementations(part)
+    for part in attention_hf.hugging_face_parts(model).values():
+        now = attention_hf.implementations(part)
         spelled = ", ".join(sorted(now - {"sdpa"}))
-        others = [hf_attention.kernel_of(name) for name in now - {"sdpa", "eager"}]
+        others = [attention_hf.kernel_of(name) for name in now - {"sdpa", "eager"}]
         if not spelled:
             continue
         if keep_others and others and all(kernel and attention_verdict(hardware, kernel) for kernel in others):
             notes.append(f"{type(part).__name__} was loaded with {spelled}, which is kept")
-        elif any(getattr(config, "output_attentions", False) for config in hf_attention.configs_of(part)):
+        elif any(getattr(config, "output_attentions", False) for config in attention_hf.configs_of(part)):
             notes.append(f"{type(part).__name__} keeps {spelled}: it is to return its attention weights")
         else:
-            changed, kept = hf_attention.switch(part, "sdpa")
+            changed, kept = attention_hf.switch(part, "sdpa")
             notes += [*([f"{type(part).__name__}: {spelled} -> sdpa"] if changed else []), *kept]
     return notes
 
@@ -192,13 +192,13 @@ def _unavailable(kernel: str, model: nn.Module, hardware: Hardware) -> str | Non
     verdict = attention_verdict(hardware, kernel)
     if not verdict:
         return verdict.reason
-    if not hf_attention.hugging_face_parts(model):
+    if not attention_hf.hugging_face_parts(model):
         return f"{kernel} is set through Hugging Face models, {type(model).__name__} holds none"
     if kernel != "flex":
         return _missing(kernel)
     if hardware.kind == "cpu":
         return "FlexAttention has no backward on CPU"
-    dropout = hf_attention.attention_dropout(model)
+    dropout = attention_hf.attention_dropout(model)
     return f"FlexAttention has no dropout, the config asks for {dropout}" if dropout else None
 
 

@@ -29,7 +29,7 @@ from floatline.hardware import Hardware, detect
 from floatline.hardware import resolve as resolve_hardware
 from floatline.hardware.legality import Verdict
 from floatline.precision import Policy
-from floatline.techniques.ranks import OneRank
+from floatline.techniques.distributed.ranks import OneRank
 
 MARK = "_floatline_techniques"
 """Attribute of a model that holds the techniques on it, by name."""

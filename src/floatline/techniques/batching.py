@@ -6,8 +6,8 @@ their targets, so loss and gradients are those of the full batch to rounding.
 
 It acts in two places. Given to `TrainStep`, it cuts each padded batch: rows are sorted by length, cut by `max_tokens`,
 and every micro-batch is trimmed to its longest row, on whichever side the padding lies. In training from a recipe, it
-orders the samples as well (buckets.py): `window` updates' samples are sorted by length before they are cut, so that an
-update's samples fit each other. `TokenBudgetSampler` does that for a DataLoader of your own.
+orders the samples as well (batches/buckets.py): `window` updates' samples are sorted by length before they are cut, so
+that an update's samples fit each other. `TokenBudgetSampler` does that for a DataLoader of your own.
 
 Positions stay what they were: models that count positions from the first column (GPT-2's `wpe`) are told the columns
 that are left; rotary positions are relative.
@@ -29,9 +29,9 @@ from floatline.errors import ConfigError, DataError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.buckets import cut_by_tokens
-from floatline.techniques.rows import cut_rows
-from floatline.techniques.tokens import PaddingCounter, spans, token_aligned, token_mask
+from floatline.techniques.batches.buckets import cut_by_tokens
+from floatline.techniques.batches.rows import cut_rows
+from floatline.techniques.batches.tokens import PaddingCounter, spans, token_aligned, token_mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 The logits of a language model are its largest tensor: tokens x vocabulary, in the compute format, once more in fp32 for
 the loss, and again for their gradient. Here the output head returns logits that are not computed yet
-(`deferred_logits.py`), and the model's own call of `F.cross_entropy` goes through them in chunks of tokens, each
+(logits/deferred.py), and the model's own call of `F.cross_entropy` goes through them in chunks of tokens, each
 recomputed in the backward. What is kept are the hidden states, which exist anyway. The price is one more product of
 hidden states and head weight.
 
@@ -35,9 +35,9 @@ from floatline.errors import FloatlineWarning
 from floatline.hardware import Hardware
 from floatline.patch import ForwardPatch
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.deferred_logits import defer
-from floatline.techniques.heads import find_head
-from floatline.techniques.logits_recipe import Ledger
+from floatline.techniques.logits.deferred import defer
+from floatline.techniques.logits.heads import find_head
+from floatline.techniques.logits.recipe import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Kahan summation: pure bf16 training in which small updates add up instead of being rounded away.
 
 Weights, gradients and moments are bf16, and a fourth bf16 tensor keeps what rounding cut off each weight: 10 bytes a
-parameter, against 16 for fp32 weights and Adam (wide_step.py says how it works). Weight and compensation together
+parameter, against 16 for fp32 weights and Adam (optim_steps/wide_step.py says how). Weight and compensation together
 resolve 2^-17 of a weight; an update below that is lost as in any Kahan sum.
 
 It is for `bf16-true`. Where the weights are fp32 nothing is rounded away: it then changes no bit, and a note says so.
@@ -20,8 +20,8 @@ from torch import nn
 
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.partial_step import state_bytes
-from floatline.techniques.wide_step import Compensated, Stochastic, WideStep, is_narrow
+from floatline.techniques.optim_steps.partial_step import state_bytes
+from floatline.techniques.optim_steps.wide_step import Compensated, Stochastic, WideStep, is_narrow
 
 SHARDED = "the rounding works on whole parameters, not on shards; keep fp32 weights (sharding with bf16-mixed)"
 

@@ -4,7 +4,7 @@
 
 At first B A = 0, so the adapted model gives the base model's outputs bit for bit. Everything else is frozen, except
 what `train_also` names. The layers are peft's own (`inject_adapter_in_model`), put where patterns say and taken
-off again. What is saved is peft's format (`adapters.py`).
+off again. What is saved is peft's format (adapters/state.py).
 
 Adapters are fp32, over a base in bf16 or fp16 too: then the base may be loaded in half precision under `bf16-mixed` and
 `16-mixed`, and there is no fp16 gradient that GradScaler could refuse (transformers#30559). The `-true` policies cast
@@ -31,11 +31,11 @@ from torch import nn
 
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware
-from floatline.techniques.adapters import ADAPTER, accept_plain_weights, adapted_layers
+from floatline.techniques.adapters.state import ADAPTER, accept_plain_weights, adapted_layers
+from floatline.techniques.adapters.targets import is_transposed_linear, matched_layers, usual_targets
 from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.freezing import select_parameters
 from floatline.techniques.layers import outermost
-from floatline.techniques.lora_targets import is_transposed_linear, matched_layers, usual_targets
 
 
 @dataclass(frozen=True, kw_only=True)

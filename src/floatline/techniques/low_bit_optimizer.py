@@ -34,10 +34,10 @@ from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict, format_verdict
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.low_bit_adam import LowBitAdam, dequantise, is_adamw, to_torchao
-from floatline.techniques.low_bit_state import INSTALL
-from floatline.techniques.partial_step import state_bytes
-from floatline.techniques.wrapped_optimizer import share
+from floatline.techniques.optim_steps.low_bit_adam import LowBitAdam, dequantise, is_adamw, to_torchao
+from floatline.techniques.optim_steps.low_bit_state import INSTALL
+from floatline.techniques.optim_steps.partial_step import state_bytes
+from floatline.techniques.optim_steps.wrapped import share
 
 SMALLEST = 4096
 """Elements below which both libraries leave state in full precision."""

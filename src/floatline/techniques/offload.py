@@ -6,7 +6,7 @@ original. What is not worth the way stays: weights and buffers (they are there a
 and everything beyond `max_bytes`. A tensor that several ops save goes once.
 
 The result is bit for bit the plain step's. The price is the transfer, both ways; on CUDA it overlaps with the compute
-(stash.py). After checkpointing only the layers' inputs are left to move, which is where offload costs least.
+(offload_stash.py). After checkpointing only the layers' inputs are left to move, which is where offload costs least.
 
 On a CPU the host's memory is the device's: offload to the host saves nothing there (a note says so), to disk it does.
 Not covered: outputs that op-selective checkpointing keeps (they lie in its own cache), tensor subclasses.
@@ -26,7 +26,7 @@ from torch import nn
 
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.stash import DiskStash, HostStash, Stash, Stashed, span
+from floatline.techniques.offload_stash import DiskStash, HostStash, Stash, Stashed, span
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 Plain training holds all gradients until the last one exists: 4 bytes a parameter in fp32. A hook on each parameter,
 which autograd runs once when the whole gradient has been accumulated (a weight used twice gets the sum), steps just
 this parameter and drops the gradient, so that only a few exist at a time. One ordinary optimizer does all the steps
-(partial_step.py): its state dict is the plain one, and for optimizers that treat each parameter on its own, as those of
-torch.optim do, the numbers are bit for bit those of a plain step without clipping.
+(optim_steps/partial_step.py): its state dict is the plain one, and for optimizers that treat each parameter on its own,
+as those of torch.optim do, the numbers are bit for bit those of a plain step without clipping.
 
 What it costs, and cannot be had otherwise:
 
@@ -32,9 +32,9 @@ from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.precision import Policy
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.partial_step import step_only
-from floatline.techniques.select_step import can_select, step_by_select
-from floatline.techniques.wrapped_optimizer import WrappedOptimizer
+from floatline.techniques.optim_steps.partial_step import step_only
+from floatline.techniques.optim_steps.select_step import can_select, step_by_select
+from floatline.techniques.optim_steps.wrapped import WrappedOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)

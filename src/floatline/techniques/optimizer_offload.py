@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.partial_step import Chunk, chunks, state_bytes, step_only, tensor_parts
-from floatline.techniques.wrapped_optimizer import WrappedOptimizer, saved_state_of
+from floatline.techniques.optim_steps.partial_step import Chunk, chunks, state_bytes, step_only, tensor_parts
+from floatline.techniques.optim_steps.wrapped import WrappedOptimizer, saved_state_of
 
 SMALLEST = 4096
 """Bytes below which a piece of state is not worth a transfer."""

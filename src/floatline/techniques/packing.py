@@ -30,10 +30,10 @@ from floatline.errors import ConfigError, DataError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
 from floatline.techniques.base import Applied, Stage, Technique
+from floatline.techniques.batches.packable import why_not_packable
+from floatline.techniques.batches.rows import cut_rows
+from floatline.techniques.batches.tokens import PaddingCounter, spans, token_aligned, token_mask
 from floatline.techniques.batching import refuse_ranks
-from floatline.techniques.packable import why_not_packable
-from floatline.techniques.rows import cut_rows
-from floatline.techniques.tokens import PaddingCounter, spans, token_aligned, token_mask
 
 IGNORED = -100
 """The label that cross-entropy leaves out."""

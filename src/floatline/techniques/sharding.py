@@ -46,11 +46,11 @@ from floatline.precision.apply import TARGET_NAMES, match_rules
 from floatline.precision.islands import DTYPES, cast_inputs
 from floatline.precision.policy import RULE_FORMATS
 from floatline.techniques.base import MARK, Applied, Stage, Technique
-from floatline.techniques.groups import join_ranks
+from floatline.techniques.distributed.groups import join_ranks
+from floatline.techniques.distributed.ranks import RankGroup
+from floatline.techniques.distributed.shards import Unit, local_bytes, plan_units
+from floatline.techniques.distributed.unshard import Trace
 from floatline.techniques.layers import chosen_layers
-from floatline.techniques.ranks import RankGroup
-from floatline.techniques.shards import Unit, local_bytes, plan_units
-from floatline.techniques.unshard import Trace
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 

@@ -17,7 +17,7 @@ from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.precision import Policy
 from floatline.techniques.base import Applied, Stage, Technique, refuse_conflict
-from floatline.techniques.ranks import OneRank
+from floatline.techniques.distributed.ranks import OneRank
 from floatline.techniques.registry import make_technique
 
 

@@ -4,8 +4,8 @@ A weight is rounded up or down at random so that its mean is the exact result: 8
 gradients and two moments in bf16), half of fp32 training. The price is noise of about half a spacing in each weight;
 `kahan` has none and costs 2 bytes more.
 
-It is for `bf16-true` and works with any optimizer of torch.optim; wide_step.py says how. Where the weights are fp32
-it changes no bit, and a note says so. Two runs with the same seed round alike.
+It is for `bf16-true` and works with any optimizer of torch.optim; optim_steps/wide_step.py says how. Where the weights
+are fp32 it changes no bit, and a note says so. Two runs with the same seed round alike.
 
 torchao's `_AdamW(bf16_stochastic_round=True)` rounds the weights the same way, but its second moment to nearest
 (which stands still under beta2 = 0.999), with torch's global random numbers, and for AdamW only.
@@ -21,7 +21,7 @@ from torch import nn
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.kahan import SHARDED, apply_wide_step
-from floatline.techniques.wide_step import Stochastic
+from floatline.techniques.optim_steps.wide_step import Stochastic
 
 
 @dataclass(frozen=True, kw_only=True)

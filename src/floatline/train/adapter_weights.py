@@ -29,8 +29,8 @@ from torch import nn
 from floatline.errors import ConfigError
 from floatline.step import TrainStep
 from floatline.techniques import Stack
-from floatline.techniques.adapters import adapted_layers, adapter_state, load_adapter, save_adapter
-from floatline.techniques.shards import full_tensor, is_sharded, reshard
+from floatline.techniques.adapters.state import adapted_layers, adapter_state, load_adapter, save_adapter
+from floatline.techniques.distributed.shards import full_tensor, is_sharded, reshard
 from floatline.train.weights import PlainWeights, ShardedWeights
 
 

@@ -24,7 +24,7 @@ import torch
 
 from floatline.errors import CheckpointError
 from floatline.techniques import OneRank
-from floatline.techniques.ranks import is_connection_fault
+from floatline.techniques.distributed.ranks import is_connection_fault
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.pt"

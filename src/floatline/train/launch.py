@@ -15,7 +15,7 @@ import torch
 
 from floatline.errors import ConfigError, FloatlineError, RankLostError
 from floatline.techniques import OneRank
-from floatline.techniques.groups import join_ranks, launched, leave_ranks
+from floatline.techniques.distributed.groups import join_ranks, launched, leave_ranks
 from floatline.train.manifest import Manifest
 from floatline.train.recipe import Recipe
 from floatline.train.rundir import RunDirectory

@@ -20,7 +20,7 @@ from typing import Any
 
 from floatline.errors import CheckpointError, ConfigError
 from floatline.precision.islands import DTYPES
-from floatline.techniques.adapters import adapted_layers, refuse_tied
+from floatline.techniques.adapters.state import adapted_layers, refuse_tied
 from floatline.train.hub import holds_adapter, load_model, load_processor, require_transformers
 
 

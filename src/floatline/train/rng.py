@@ -42,7 +42,8 @@ def restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def restore_rank(states: list[dict[str, Any]], rank: int) -> None:
+def restore_rank(states: list[dict[str, Any]] | dict[str, Any], rank: int) -> None:
     """Set the random state that this rank had when the ranks' states were saved; a new rank keeps what it has."""
+    states = [states] if isinstance(states, dict) else states  # of a run that knew of no ranks
     if rank < len(states):
         restore(states[rank])

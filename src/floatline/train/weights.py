@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from floatline.techniques import OneRank
-from floatline.techniques.shards import dequantised, full_tensor, is_sharded, laid_out_like, reshard
+from floatline.techniques.distributed.shards import dequantised, full_tensor, is_sharded, laid_out_like, reshard
 from floatline.train.checkpoint import load_state
 
 SHARDS = "shards"

@@ -32,9 +32,9 @@ import torch
 from torch.utils.data import Dataset
 
 from floatline.errors import ConfigError, DataError
+from floatline.techniques.batches.buckets import STREAM_HINT, check_budget, checked_lengths
+from floatline.techniques.batches.sampler import check_ranks
 from floatline.techniques.batching import Batching
-from floatline.techniques.buckets import STREAM_HINT, check_budget, checked_lengths
-from floatline.techniques.sampler import check_ranks
 from floatline.train.data.dataset import SampleDataset
 from floatline.train.data.micro import MicroBatches
 from floatline.train.data.sampler import EpochSampler, UpdateSampler, mix_seed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from floatline.errors import ConfigError
-from floatline.techniques.buckets import check_budget, cut_by_tokens
+from floatline.techniques.batches.buckets import check_budget, cut_by_tokens
 from floatline.train.data.collate import Collator, Encoded
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Sampler
 
 from floatline.errors import DataError
-from floatline.techniques.buckets import (
+from floatline.techniques.batches.buckets import (
     bucketed_updates,
     cut_by_tokens,
     digest_of,

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from floatline.techniques.tokens import is_transformers, transformers_model
+from floatline.techniques.batches.tokens import is_transformers, transformers_model
 
 HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 ATTENTION_LAYERS = {"full_attention", "attention", "sliding_attention", "chunked_attention"}

@@ -5,7 +5,7 @@ import torch
 
 from floatline.errors import ConfigError
 from floatline.techniques import Packing
-from floatline.techniques.packable import why_not_packable
+from floatline.techniques.batches.packable import why_not_packable
 
 SMALL = {
     "vocab_size": 40,

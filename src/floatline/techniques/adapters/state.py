@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from floatline.errors import CheckpointError, ConfigError
-from floatline.techniques.shards import full_tensor, laid_out_like
+from floatline.techniques.distributed.shards import full_tensor, laid_out_like
 
 ADAPTER = "default"
 """Name of the one adapter."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from floatline.techniques.ranks import PretendedRanks, RankGroup
+from floatline.techniques.distributed.ranks import PretendedRanks, RankGroup
 
 
 def launched() -> tuple[int, int]:

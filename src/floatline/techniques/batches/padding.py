@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from floatline.errors import DataError
-from floatline.techniques.buckets import checked_lengths, generator_of
+from floatline.techniques.batches.buckets import checked_lengths, generator_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from floatline.errors import ConfigError, DataError
-from floatline.techniques.buckets import (
+from floatline.techniques.batches.buckets import (
     bucketed_updates,
     check_budget,
     checked_lengths,
@@ -16,7 +16,7 @@ from floatline.techniques.buckets import (
     digest_of,
     split_to_multiple,
 )
-from floatline.techniques.padding import padding_report
+from floatline.techniques.batches.padding import padding_report
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 

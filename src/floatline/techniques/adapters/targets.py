@@ -8,8 +8,8 @@ from torch import nn
 
 from floatline.errors import ConfigError
 from floatline.select import near_names, select_modules
-from floatline.techniques.heads import find_head
 from floatline.techniques.layers import repeated_layers
+from floatline.techniques.logits.heads import find_head
 
 
 def _is_adaptable(module: nn.Module) -> bool:

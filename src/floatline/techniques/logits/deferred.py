@@ -3,7 +3,7 @@
 `DeferredLogits` has the shape, dtype and device of the logits but no memory. Ops on it fall into three kinds:
 
     recorded      casts, and arithmetic with scalars (temperature, soft-capping by tanh, a bias over the vocabulary);
-                  views, flattening and indexing of the leading dimensions (`logits_recipe.py`)
+                  views, flattening and indexing of the leading dimensions (recipe.py)
     intercepted   `F.cross_entropy`, which goes through the rows in chunks (`chunked_cross_entropy.py`)
     all others    the logits are computed whole after all, once, and the op runs on them; gradients flow as ever
 
@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.errors import ConfigError
-from floatline.techniques.chunked_cross_entropy import chunked_cross_entropy
-from floatline.techniques.logits_recipe import CASTS, SCALAR_MATHS, Ledger, Recipe, Rows, with_op, with_view
+from floatline.techniques.logits.cross_entropy import chunked_cross_entropy
+from floatline.techniques.logits.recipe import CASTS, SCALAR_MATHS, Ledger, Recipe, Rows, with_op, with_view
 
 _ASKED = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "is_contiguous",
           "stride", "get_device", "element_size", "is_signed", "requires_grad_", "__len__", "__hash__"}  # fmt: skip

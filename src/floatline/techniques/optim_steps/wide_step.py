@@ -28,8 +28,8 @@ from typing import Any, Literal
 
 import torch
 
-from floatline.techniques.partial_step import Chunk, chunks, step_only
-from floatline.techniques.wrapped_optimizer import WrappedOptimizer, saved_state_of
+from floatline.techniques.optim_steps.partial_step import Chunk, chunks, step_only
+from floatline.techniques.optim_steps.wrapped import WrappedOptimizer, saved_state_of
 
 COMPENSATION = "kahan_comp"
 """Key in a parameter's state of what rounding cut off."""

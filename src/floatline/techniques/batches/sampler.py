@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Sampler
 
 from floatline.errors import ConfigError, DataError
-from floatline.techniques.buckets import (
+from floatline.techniques.batches.buckets import (
     check_budget,
     checked_lengths,
     cut_by_tokens,

@@ -6,7 +6,7 @@ from torch import nn
 
 import floatline as fl
 from floatline.errors import ConfigError
-from floatline.techniques.undisturbed import undisturbed
+from floatline.step.undisturbed import undisturbed
 
 
 class Counting(nn.Module):

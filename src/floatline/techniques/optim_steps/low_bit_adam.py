@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from floatline.techniques.low_bit_state import decode, encode, is_quantised, state_classes, torchao_optim
-from floatline.techniques.shards import laid_out_like
-from floatline.techniques.wrapped_optimizer import load_in_place, saved_state_of, share
+from floatline.techniques.distributed.shards import laid_out_like
+from floatline.techniques.optim_steps.low_bit_state import decode, encode, is_quantised, state_classes, torchao_optim
+from floatline.techniques.optim_steps.wrapped import load_in_place, saved_state_of, share
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Adam's state tensors, and whether each has signs."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.techniques.shards import full_tensor, reshard
+from floatline.techniques.distributed.shards import full_tensor, reshard
 
 
 class Trace:

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from floatline.techniques.logits_recipe import Recipe
+from floatline.techniques.logits.recipe import Recipe
 
 
 def chunked_cross_entropy(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import floatline as fl
 from floatline.errors import DataError
-from floatline.techniques.padding import padding_report
+from floatline.techniques.batches.padding import padding_report
 
 
 def test_by_hand():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from floatline.errors import DataError
-from floatline.techniques.tokens import PaddingCounter, spans, token_aligned, token_mask, transformers_model
+from floatline.techniques.batches.tokens import PaddingCounter, spans, token_aligned, token_mask, transformers_model
 
 
 def test_the_mask_or_everything():
