@@ -91,7 +91,7 @@ def _cut_images(model: nn.Module, batch: dict[str, Any], rows: torch.Tensor) -> 
             continue
         cut[grids] = _take(grid, chosen)
         if isinstance(batch.get(pixels), torch.Tensor):
-            first = patches.cpu().cumsum(0) - patches.cpu()
-            parts = [torch.arange(first[image], first[image] + patches[image]) for image in chosen.tolist()]
+            ends_at, sizes = patches.cumsum(0).tolist(), patches.tolist()
+            parts = [torch.arange(ends_at[image] - sizes[image], ends_at[image]) for image in chosen.tolist()]
             cut[pixels] = _take(batch[pixels], torch.cat(parts))
     return cut
