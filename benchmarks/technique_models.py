@@ -57,14 +57,14 @@ WORKS = {
         Work(
             "gpt2",
             zoo.seeded(partial(zoo.gpt2, width=256, depth=12, heads=8, vocabulary=VOCABULARY, positions=256)),
-            partial(zoo.text, 0, length=256, rows=8, vocabulary=VOCABULARY),
+            partial(zoo.text, 0, length=256, rows=8, vocabulary=VOCABULARY, shorter=(0, 100, 160, 210)),
             tower="['transformer.wte', 'transformer.wpe', 'transformer.h.[0-5]']",
             adapted="['transformer.h.*.attn.c_attn', 'transformer.h.*.mlp.c_fc']",
         ),
         Work(
             "qwen3_vl",
             zoo.seeded(partial(zoo.qwen3_vl, 256, 8, 128, 8, VOCABULARY)),
-            partial(zoo.seen_text, 0, length=256, side=16, vocabulary=VOCABULARY),
+            partial(zoo.seen_text, 0, length=256, side=16, vocabulary=VOCABULARY, shorter=(0, 200, 60, 160)),
             tower="['model.visual']",
             adapted="['model.language_model.layers.*.self_attn.[qkvo]_proj']",
         ),

@@ -128,11 +128,11 @@ def pictures(seed, rows=ROWS, side=8):
     return torch.randn(rows, 3, side, side, generator=g), torch.randint(0, 5, (rows,), generator=g)
 
 
-def text(seed, length=12, attention_mask=True, rows=ROWS, vocabulary=VOCABULARY):
+def text(seed, length=12, attention_mask=True, rows=ROWS, vocabulary=VOCABULARY, shorter=(0, 3, 5, 6)):
     """Rows of different lengths, right-padded; labels of the prompt and the padding are -100."""
     g = generator(seed)
     ids = torch.randint(5, vocabulary, (rows, length), generator=g)
-    lengths = length - torch.tensor([0, 3, 5, 6]).repeat(rows)[:rows]
+    lengths = length - torch.tensor(shorter).repeat(rows)[:rows]
     mask = torch.arange(length) < lengths[:, None]
     labels = torch.where(mask & (torch.arange(length) >= 3), ids, -100)
     batch = {"input_ids": torch.where(mask, ids, 0), "labels": labels}
@@ -199,13 +199,13 @@ def qwen3_vl(width=32, depth=2, vision_width=16, vision_depth=2, vocabulary=VOCA
     return Qwen3VLForConditionalGeneration(config)
 
 
-def seen_text(seed, length=20, side=4, vocabulary=VOCABULARY):
+def seen_text(seed, length=20, side=4, vocabulary=VOCABULARY, shorter=(0, 3, 5, 6)):
     """Four rows; the first and third show an image of side x side and 2 side x side patches, the others none.
 
     Four patches are one token: 4 and 8 tokens at side 4.
     """
     grids = torch.tensor([[1, side, side], [1, 2 * side, side]])
-    batch = text(seed, length=length, vocabulary=vocabulary)
+    batch = text(seed, length=length, vocabulary=vocabulary, shorter=shorter)
     for row, tokens in ((0, side * side // 4), (2, side * side // 2)):
         batch["input_ids"][row, : tokens + 2] = torch.tensor([VISION_START, *[IMAGE_TOKEN] * tokens, VISION_END])
         batch["labels"][row, : tokens + 2] = -100

@@ -12,7 +12,7 @@ from torch import nn
 
 import floatline as fl
 from floatline.errors import ConfigError, MemoryExceededError
-from floatline.techniques import Offload
+from floatline.techniques import Offload, offload
 from floatline.techniques.offload_stash import DiskStash, HostStash, Stashed
 
 
@@ -41,9 +41,15 @@ def run(model, techniques, batches, precision="32-true", loss=None):
     return [(out.loss, out.grad_norm) for out in outputs], step
 
 
+@pytest.fixture
+def away(monkeypatch):
+    """Takes CPU tensors for a device's, so that offload to the host really copies them."""
+    monkeypatch.setattr(offload, "_on_host", lambda tensor: False)
+
+
 @pytest.mark.parametrize("to", ["host", "disk"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_bit_identical_on_every_model(case, to, precision):
+def test_bit_identical_on_every_model(case, to, precision, away):
     plain, model = case.build(), case.build()
     batches = [case.batch(seed) for seed in range(3)]
     ours, step = run(model, [Offload(to=to, min_bytes=0)], batches, precision, case.loss)
@@ -53,7 +59,15 @@ def test_bit_identical_on_every_model(case, to, precision):
     assert facts["offload.tensors"] > 10 and facts["offload.peak_bytes"] > 0 and facts["offload.live_bytes"] == 0
 
 
-def test_at_least_four_fifths_of_the_activations_leave_memory(kept_bytes):
+def test_on_a_cpu_nothing_moves_to_the_host():
+    model = Deep()
+    applied = Offload(min_bytes=0).apply(model)
+    with applied.around():
+        model(X).backward()
+    assert applied.facts()["tensors"] == 0 and "nothing moves: to=disk" in applied.notes[0]
+
+
+def test_at_least_four_fifths_of_the_activations_leave_memory(kept_bytes, away):
     plain = kept_bytes(Deep(), (X,))
     model = Deep()
     applied = Offload(to="disk", min_bytes=0).apply(model)
@@ -69,7 +83,7 @@ def test_at_least_four_fifths_of_the_activations_leave_memory(kept_bytes):
     assert applied.facts()["live_bytes"] == 0
 
 
-def test_a_tensor_goes_once_however_many_ops_save_it():
+def test_a_tensor_goes_once_however_many_ops_save_it(away):
     weight = nn.Parameter(torch.ones(64, 64))
     model = nn.ParameterList([weight])
     applied = Offload(min_bytes=0).apply(model)
@@ -80,7 +94,7 @@ def test_a_tensor_goes_once_however_many_ops_save_it():
     loss.backward()
 
 
-def test_weights_small_and_expanded_tensors_stay():
+def test_weights_small_and_expanded_tensors_stay(away):
     model = nn.Linear(256, 256)
     applied = Offload().apply(model)
     with applied.around():
@@ -90,7 +104,7 @@ def test_weights_small_and_expanded_tensors_stay():
     assert small.requires_grad and wide.requires_grad
 
 
-def test_what_is_beyond_the_limit_stays_on_the_device():
+def test_what_is_beyond_the_limit_stays_on_the_device(away):
     model = Deep()
     applied = Offload(min_bytes=0, max_bytes=2**18).apply(model)
     with applied.around():
@@ -145,7 +159,7 @@ def test_with_checkpointing_only_the_inputs_of_layers_are_left_to_go(kept_bytes)
     assert left(fl.techniques.Checkpointing(), disk) < 0.25 * left(fl.techniques.Checkpointing())
 
 
-def test_copies_of_a_model_do_not_share_hooks():
+def test_copies_of_a_model_do_not_share_hooks(away):
     model = Deep(depth=1)
     applied = Offload(min_bytes=0).apply(model)
     other = copy.deepcopy(model)

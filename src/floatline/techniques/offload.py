@@ -8,7 +8,7 @@ and everything beyond `max_bytes`. A tensor that several ops save goes once.
 The result is bit for bit the plain step's. The price is the transfer, both ways; on CUDA it overlaps with the compute
 (offload_stash.py). After checkpointing only the layers' inputs are left to move, which is where offload costs least.
 
-On a CPU the host's memory is the device's: offload to the host saves nothing there (a note says so), to disk it does.
+On a CPU the host's memory is the device's: nothing moves to the host there (a note says so); offload to disk saves.
 Not covered: outputs that op-selective checkpointing keeps (they lie in its own cache), tensor subclasses.
 """
 
@@ -67,12 +67,12 @@ class Offload(Technique):
         stash: Stash = HostStash(self.in_flight) if self.to == "host" else DiskStash(self.directory)
         hooks = _Hooks(self, model, stash)
         on_cpu = next((p.device.type for p in model.parameters()), "cpu") == "cpu"
-        notes = ("on a CPU the host's memory is the device's: to=disk is what saves there",) if on_cpu else ()
+        notes = ("on a CPU the host's memory is the device's, so nothing moves: to=disk is what saves there",)
         return Applied(
             technique=self,
             touched=("",),
             undo=stash.close,
-            notes=notes if self.to == "host" else (),
+            notes=notes if self.to == "host" and on_cpu else (),
             around=hooks.active,
             facts=lambda: {
                 "live_bytes": stash.live_bytes,
@@ -81,6 +81,11 @@ class Offload(Technique):
                 "kept_bytes": hooks.kept_bytes,
             },
         )
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor lies in host memory already."""
+    return tensor.device.type == "cpu"
 
 
 class _Hooks:
@@ -132,6 +137,8 @@ class _Hooks:
             return False  # a Parameter, or a subclass whose parts only it knows
         if isinstance(tensor._base, nn.Parameter):
             return False  # a view of a weight; a sharded model's are gathered only now, so `active` has not seen them
+        if self.technique.to == "host" and _on_host(tensor):
+            return False
         if tensor.nbytes < max(1, self.technique.min_bytes) or tensor.is_inference():
             return False
         if span(tensor) < tensor.numel():  # expanded: it would grow on the way

@@ -40,7 +40,7 @@ def cut_rows(model: nn.Module, batch: Any, rows: torch.Tensor) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
             return leaf
         if leaf.shape[0] == size:
-            return leaf[rows[0] : rows[-1] + 1] if _consecutive(rows) else leaf[rows.to(leaf.device)]
+            return _take(leaf, rows)
         raise ConfigError(
             f"{path} of shape {tuple(leaf.shape)} cannot be cut into micro-batches of {size} rows",
             hint="pass a list of micro-batches instead",
@@ -54,6 +54,13 @@ def cut_rows(model: nn.Module, batch: Any, rows: torch.Tensor) -> Any:
 
 def _consecutive(rows: torch.Tensor) -> bool:
     return bool((rows.diff() == 1).all())
+
+
+def _take(tensor: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """Return some of a tensor's entries: a view where they are consecutive, else a copy."""
+    if _consecutive(entries):
+        return tensor[int(entries[0]) : int(entries[-1]) + 1]
+    return tensor[entries.to(tensor.device)]
 
 
 def _has_images(batch: dict[str, Any]) -> bool:
@@ -76,12 +83,15 @@ def _cut_images(model: nn.Module, batch: dict[str, Any], rows: torch.Tensor) -> 
         patches = grid.prod(1)
         ends = (patches // merge**2).cumsum(0)
         row_of_image = torch.searchsorted(torch.tensor(tokens), ends.cpu())
-        chosen = torch.isin(row_of_image, rows.cpu())
+        chosen = torch.isin(row_of_image, rows.cpu()).nonzero()[:, 0]
         if not _consecutive(rows) and not bool((rows.diff() > 0).all()):
             raise ConfigError(f"rows {rows.tolist()} of a batch with images are not in order", hint="sort them")
-        cut[grids] = grid[chosen.to(grid.device)]
-        if isinstance(batch.get(pixels), torch.Tensor):
-            cut[pixels] = batch[pixels][chosen.repeat_interleave(patches.cpu()).to(batch[pixels].device)]
-        if not bool(chosen.any()):  # a micro-batch without images has no image tensors
+        if not len(chosen):  # a micro-batch without images has no image tensors
             cut[grids], cut[pixels] = None, None
+            continue
+        cut[grids] = _take(grid, chosen)
+        if isinstance(batch.get(pixels), torch.Tensor):
+            ends_at, sizes = patches.cumsum(0).tolist(), patches.tolist()
+            parts = [torch.arange(ends_at[image] - sizes[image], ends_at[image]) for image in chosen.tolist()]
+            cut[pixels] = _take(batch[pixels], torch.cat(parts))
     return cut
