@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # last: tests has a package `techniques` too
 import zoo
 
 VOCABULARY = 8192
