@@ -7,7 +7,7 @@ is all that most of them know, is the mean over targets that ours takes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,18 @@ from technique_models import Work
 from techniques import adamw, bytes_of
 
 MAX_NORM = 1.0
+
+
+def untied(work: Work) -> Work:
+    """Return the work on a model whose output head has a weight of its own."""
+
+    def build() -> nn.Module:
+        model: Any = work.build()
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    return replace(work, name="untied", build=build)
 
 
 class CannotRunError(Exception):
