@@ -194,7 +194,7 @@ def race(racers: list[Racer], rounds: int, device: torch.device) -> None:
 def measure(work: Work, words: list[str] | None, rounds: int, device: torch.device) -> list[Row]:
     """Return the rows for one model; every rank returns the same."""
     size = dist.get_world_size()
-    rows = work.batch(rows=ROWS * size)  # type: ignore[call-arg]  # a partial of the zoo's
+    rows = work.batch(rows=ROWS * size)  # type: ignore[call-arg]  # it is a partial
     mine = {key: value[ROWS * dist.get_rank() : ROWS * (dist.get_rank() + 1)] for key, value in rows.items()}
     rank = peers.Rank(work, device, move(mine, device), move(rows, device), size)
     racers, absent = line_up(rank, words)
