@@ -51,7 +51,7 @@ from technique_models import WORKS, Work
 from techniques import bytes_of, state_of
 
 PACKAGES = ("floatline", "torch", "transformers", "accelerate", "lightning")
-MODELS = {"gpt2": WORKS["gpt2"], "tied": WORKS["tied"], "untied": peers.untied(WORKS["gpt2"])}
+MODELS = {"gpt2": WORKS["gpt2"], "tied": peers.shifted(WORKS["tied"]), "untied": peers.untied(WORKS["gpt2"])}
 ROWS = 4  # of one rank: every rank then has as many targets
 BASELINE = next(iter(peers.CONTESTANTS))
 AGREE = 1e-4  # relative; the sums of ranks and of one process are rounded in another order
