@@ -51,12 +51,13 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes of tensors, shared storages once; of quantised ones the parts that they are made of."""
+    """Return the bytes of tensors, shared storages once; of quantised ones and shards the parts that lie here."""
     storages: dict[int, int] = {}
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            inner = [getattr(tensor, name) for name in names]
+            parts = [getattr(tensor, name) for name in names]
+            inner = [part for part in parts if isinstance(part, torch.Tensor)]  # of shards, one is the mesh
         else:
             inner = [tensor]
         for part in inner:

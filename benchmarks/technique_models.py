@@ -71,7 +71,7 @@ WORKS = {
         Work(
             "tied",
             zoo.seeded(partial(zoo.TiedLanguageModel, width=256, depth=12, heads=8, vocabulary=VOCABULARY)),
-            partial(zoo.text, 0, length=256, attention_mask=False, rows=8, vocabulary=VOCABULARY),
+            partial(zoo.shifted_text, 0, length=256, rows=8, vocabulary=VOCABULARY),
             tower="['layers.[0-5]']",
             adapted="['layers.*.linear[12]']",
             padded=False,

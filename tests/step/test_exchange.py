@@ -11,7 +11,7 @@ from floatline.techniques import OneRank
 
 
 class Scripted(OneRank):
-    """Rank 0 of several; what the others say is given, `None` for the same as rank 0."""
+    """Rank 0 of several; how many micro-batches and targets the others have is given, their kinds are rank 0's."""
 
     def __init__(self, *others):
         self.size = 1 + len(others)
@@ -21,7 +21,8 @@ class Scripted(OneRank):
     def tell(self, numbers):
         self.calls += 1
         mine = [float(number) for number in numbers]
-        return [mine, *(mine if self.calls > 1 else list(map(float, other)) for other in self.others)]
+        others = [[*map(float, other), mine[-1]] for other in self.others]
+        return [mine, *(others if self.calls == 1 else [mine] * len(others))]
 
 
 def batches(number):
@@ -63,10 +64,20 @@ def test_bad_input():
 
     class OtherKind(Scripted):
         def tell(self, numbers):
-            told = super().tell(numbers)
-            return told if self.calls == 1 else [told[0], [1.0]]
+            *others, last = super().tell(numbers)
+            return [*others, [*last[:-1], 1.0]]
 
-    with pytest.raises(
-        ConfigError, match=r"different kinds, on this rank: \[\['input_ids', 'labels'\]\].*\nhint: give"
-    ):
-        share_out(batches(1), [1], OtherKind((1, 1)))
+    message = r"different kinds, on this rank: \[\['input_ids', 'labels'\]\].*\nhint: give"
+    for other in ((1, 1), (2, 1)):  # told at once, and where this rank repeats a micro-batch
+        expected = message if other[0] == 1 else message.replace(r"\]\]", r"\], \['input_ids', 'labels'\]\]")
+        with pytest.raises(ConfigError, match=expected):
+            share_out(batches(1), [1], OtherKind(other))
+
+
+def test_one_message_an_update_where_ranks_have_equally_many():
+    ranks = Scripted((2, 12))
+    share_out(batches(2), [3, 1], ranks)
+    assert ranks.calls == 1
+    ranks = Scripted((3, 12))
+    share_out(batches(2), [3, 1], ranks)
+    assert ranks.calls == 2

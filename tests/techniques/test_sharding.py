@@ -15,7 +15,7 @@ from floatline.errors import ConfigError
 from floatline.techniques import Sharding
 from floatline.techniques.distributed.groups import fake_ranks, leave_ranks
 from floatline.techniques.distributed.ranks import is_connection_fault
-from floatline.techniques.distributed.shards import is_sharded, local_bytes, plan_units
+from floatline.techniques.distributed.shards import Unit, end_units, is_sharded, local_bytes, plan_units
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -56,9 +56,10 @@ def one_group_a_test():
 
 
 SAME = ["gpt2", "qwen3_vl", "tied", "mlp", "gpt2 accumulated", "gpt2 uneven", "gpt2 without targets", "qwen3_vl kept",
-        "qwen3_vl layers"]  # fmt: skip
+        "qwen3_vl layers", "untied", "untied accumulated", "untied chunked", "untied recomputed"]  # fmt: skip
 NEAR = {"gpt2 bf16-mixed": 2e-2, "gpt2 bf16 in fp32": 2e-2, "qwen3_vl bf16-mixed": 2e-2, "gpt2 island": 2e-2,
-        "qwen3_vl island": 2e-2, "gpt2 bf16-true": 2e-2, "gpt2 16-mixed": 2e-3, "gpt2 16-true": 2e-3}  # fmt: skip
+        "qwen3_vl island": 2e-2, "gpt2 bf16-true": 2e-2, "gpt2 16-mixed": 2e-3, "gpt2 16-true": 2e-3,
+        "untied bf16-mixed": 2e-2}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -206,7 +207,7 @@ def test_another_ranks_share_of_the_memory(zoo):
         moments = [state["exp_avg"].to_local().nbytes for state in step.optimizer.state.values()]
         assert sum(moments) == rows
         facts = step.stack.applied[0].facts()
-        assert facts == {"ranks": 8, "units": 4, "local_parameter_bytes": rows}
+        assert facts == {"ranks": 8, "units": 5, "local_parameter_bytes": rows}
     with pytest.raises(RuntimeError, match="needs a process without a process group"), fake_ranks(2), fake_ranks(2):
         pass
 
@@ -229,9 +230,38 @@ def test_what_is_gathered_together(zoo):
     applied = Sharding().apply(zoo["qwen3_vl"].build())
     assert set(applied.touched) == {
         "", "model.visual.blocks.0", "model.visual.blocks.1", "model.language_model.layers.0",
-        "model.language_model.layers.1",
+        "model.language_model.layers.1", "model.language_model.embed_tokens", "lm_head",
     }  # fmt: skip
-    assert applied.notes == ("1 rank, 5 units, all in fp32",)
+    assert applied.notes == ("1 rank, 6 units, all in fp32",)
+
+
+def ends(model, **taken):
+    """The end units of a model, each with whether it stays gathered."""
+    units = [Unit({name: model.get_submodule(name)}) for name in taken.get("units", ())]
+    return [(list(unit.modules), unit.stays) for unit in end_units(model, units)]
+
+
+def test_embedding_and_head_are_units(zoo, scenarios):
+    tied, untied = zoo["gpt2"].build(), scenarios.untied_gpt2()
+    assert ends(tied) == [(["transformer.wte", "lm_head"], True)]
+    assert ends(untied) == [(["transformer.wte"], False), (["lm_head"], True)]
+    assert ends(untied, units=["lm_head"]) == [(["transformer.wte"], False)]
+    assert ends(untied, units=["transformer"]) == [(["lm_head"], True)]
+    assert ends(tied, units=["lm_head"]) == []
+    untied.extra = nn.Linear(1, 1)
+    untied.extra.weight = untied.lm_head.weight  # a third module, which is in the root's unit
+    assert ends(untied) == [(["transformer.wte"], False)]
+    assert ends(zoo["mlp"].build()) == ends(zoo["tied"].build()) == []
+
+
+def test_an_untied_embedding_is_not_gathered_for_the_backward(scenarios):
+    def gathers(techniques):
+        model = scenarios.untied_gpt2()
+        fl.TrainStep(model, torch.optim.AdamW, precision="32-true", techniques=techniques)
+        return [group.unshard_in_backward for group in model.transformer.wte._get_fsdp_state()._fsdp_param_groups]
+
+    assert gathers(["sharding"]) == [False] and gathers(["sharding", "checkpointing"]) == [False]
+    assert gathers(["sharding", "checkpointing(layers=['transformer.wte'])"]) == [True]
 
 
 def test_tied_weights_are_in_one_unit(zoo):

@@ -6,6 +6,7 @@ Every rank writes `rank{N}.pt`: scenario -> what it returned.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import contract
@@ -22,6 +23,17 @@ from floatline.techniques.distributed.groups import join_ranks
 from floatline.techniques.distributed.shards import full_tensor
 
 ZOO = {case.name: case for case in zoo.CASES}
+
+
+def untied_gpt2():
+    """A GPT-2 whose head has a weight of its own."""
+    model = ZOO["gpt2"].build()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+ZOO["untied"] = replace(ZOO["gpt2"], name="untied", build=untied_gpt2)
 UPDATES = 3
 
 
@@ -84,6 +96,12 @@ SAME = {
     "gpt2 uneven": lambda r, n: train(r, n, "gpt2", edit=uneven_targets),
     "gpt2 without targets": lambda r, n: train(r, n, "gpt2", edit=no_targets_in_the_second_half),
     "qwen3_vl kept": lambda r, n: train(r, n, "qwen3_vl", techniques=("sharding(reshard_after_forward=False)",)),
+    "untied": lambda r, n: train(r, n, "untied"),
+    "untied accumulated": lambda r, n: train(r, n, "untied", techniques=("sharding", "accumulation(micro_batches=2)")),
+    "untied chunked": lambda r, n: train(r, n, "untied", techniques=("sharding", "chunked_loss(chunk_tokens=5)")),
+    "untied recomputed": lambda r, n: train(
+        r, n, "untied", techniques=("sharding", "checkpointing(layers=['transformer.wte', 'transformer.h.*'])")
+    ),
     "qwen3_vl layers": lambda r, n: train(r, n, "qwen3_vl", techniques=('sharding(layers=["model.visual"])',)),
 }
 """Scenarios that must equal one process with all the rows, in fp32."""
@@ -91,6 +109,7 @@ SAME = {
 NEAR = {
     "gpt2 bf16-mixed": lambda r, n: train(r, n, "gpt2", "bf16-mixed"),
     "gpt2 bf16 in fp32": lambda r, n: train(r, n, "gpt2", "bf16-mixed", ('sharding(gather="fp32")',)),
+    "untied bf16-mixed": lambda r, n: train(r, n, "untied", "bf16-mixed"),
     "qwen3_vl bf16-mixed": lambda r, n: train(r, n, "qwen3_vl", "bf16-mixed"),
     "gpt2 island": lambda r, n: train(r, n, "gpt2", "bf16-mixed; lm_head=32; transformer.h.0.attn=32"),
     "qwen3_vl island": lambda r, n: train(r, n, "qwen3_vl", "bf16-mixed; model.visual=32; lm_head=32"),

@@ -48,7 +48,7 @@ from floatline.precision.policy import RULE_FORMATS
 from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.distributed.groups import join_ranks
 from floatline.techniques.distributed.ranks import RankGroup
-from floatline.techniques.distributed.shards import Unit, local_bytes, plan_units
+from floatline.techniques.distributed.shards import Unit, end_units, local_bytes, plan_units
 from floatline.techniques.distributed.unshard import Trace
 from floatline.techniques.layers import chosen_layers
 
@@ -103,6 +103,7 @@ class Sharding(Technique):
         _refuse_lists(layers)
         islands = _islands(model, policy)
         units, notes = plan_units(model, layers, {name: dict(model.named_modules())[name] for name in islands})
+        units += [] if self.layers else end_units(model, units)
         if self.cpu_offload and device_type == "cpu":
             notes.append("cpu_offload changes nothing: the model is on the CPU already")
         notes += _batch_norm_note(model, ranks)
@@ -172,7 +173,7 @@ class _Formats:
             param_dtype=self.of(next(iter(unit.modules))),
             reduce_dtype=torch.float32,
             output_dtype=self.compute if unit.island and unit.inside else None,  # the layer around goes on in its own
-            cast_forward_inputs=not unit.island,
+            cast_forward_inputs=not (unit.island or unit.end),
         )
 
     def __str__(self) -> str:
@@ -198,12 +199,15 @@ def _shard(
     try:
         for unit in units:
             modules = list(unit.modules.values())
+            lookup = _needs_no_values(unit, model)  # asked before the modules' classes change
             fully_shard(
                 modules if len(modules) > 1 else modules[0],
                 mp_policy=formats.mixed_precision(unit),
-                reshard_after_forward=technique.reshard_after_forward and len(modules) == 1,
+                reshard_after_forward=technique.reshard_after_forward and len(modules) == 1 and not unit.stays,
                 **common,
             )
+            if lookup:
+                modules[0].set_unshard_in_backward(False)  # type: ignore[operator]
         root = (
             MixedPrecisionPolicy()
             if formats.policy.base.compute == "fp32"
@@ -225,6 +229,14 @@ def _shard(
         trace.undo()
 
     return undo
+
+
+def _needs_no_values(unit: Unit, model: nn.Module) -> bool:
+    """Say whether the backward of a unit does without its weights: that of a lookup, unless it is recomputed."""
+    recomputed: Any = getattr(model, MARK, {}).get("checkpointing")
+    if not unit.end or unit.stays or (recomputed is not None and recomputed.layers):
+        return False
+    return all(type(module) is nn.Embedding for module in unit.modules.values())
 
 
 def _mesh(device_type: str) -> Any:

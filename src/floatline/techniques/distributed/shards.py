@@ -4,6 +4,11 @@ FSDP2 gathers a *unit* of the model before its forward and frees it afterwards. 
 modules that a precision rule keeps in another format, because one unit is gathered in one format. What is in no unit
 belongs to the root's, which stays whole from the forward's beginning to the backward's end.
 
+The two ends of a Hugging Face language model, often its largest weights, are units too. The embedding is freed after
+its lookup, and not gathered for the backward, which needs no values of it. The head stays from its forward to its
+backward, as both follow each other; as a unit of its own it makes FSDP gather the last layer after the loss's backward,
+where the logits are, and not before it. Where both are one weight they are one unit, which stays.
+
 A weight that two modules share must be in one unit. So a layer that shares a weight with the world outside is no unit
 of its own, and an island of precision takes the modules that share its weights in.
 """
@@ -11,6 +16,7 @@ of its own, and an island of precision takes the modules that share its weights 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -25,11 +31,15 @@ class Unit:
         modules: By dotted name.
         island: Whether a precision rule gives it a format of its own.
         inside: Whether it lies inside another unit.
+        end: Whether it is the embedding or the output head; their inputs are not cast, as the root's are not.
+        stays: Whether it is kept gathered after its forward.
     """
 
     modules: dict[str, nn.Module]
     island: bool = False
     inside: bool = False
+    end: bool = False
+    stays: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,6 +62,38 @@ def plan_units(
     for name, unit in units.items():
         unit.inside = any(name.startswith(f"{other}.") for other in units)
     return [units[name] for name in sorted(units, key=lambda name: -name.count("."))], notes
+
+
+def end_units(model: nn.Module, units: list[Unit]) -> list[Unit]:
+    """Return the embedding and the output head of a Hugging Face model as units, where they are in none of `units`.
+
+    One that shares its weight with a third module is left to the root.
+    """
+    found = {"get_input_embeddings": "", "get_output_embeddings": ""}
+    names = {id(module): name for name, module in model.named_modules()}
+    for method in found:
+        with suppress(NotImplementedError, AttributeError):
+            found[method] = names.get(id(getattr(model, method)()), "")
+    taken = [name for unit in units for name in unit.modules]
+    ends = {name for name in found.values() if name and not any(_overlap(name, other) for other in taken)}
+    tied = False
+    for owners in _shared(model):
+        touched = {end for end in ends if any(_overlap(end, owner) for owner in owners)}
+        if touched and touched == ends == set(owners):
+            tied = True
+        else:
+            ends -= touched
+    # In the model's order: FSDP's state dict hook is on the first owner of a weight, which must be visited first.
+    modules = {name: module for name, module in model.named_modules() if name in ends and list(module.parameters())}
+    if tied:
+        return [Unit(modules, end=True, stays=True)]
+    head = found["get_output_embeddings"]
+    return [Unit({name: module}, end=True, stays=name == head) for name, module in modules.items()]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Say whether two modules are the same or one lies inside the other, by their names."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _join_tied(model: nn.Module, units: dict[str, Unit]) -> list[str]:

@@ -26,7 +26,7 @@ class Trace:
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
         self.classes = [type(module) for module in self.modules]
-        self.attributes = [set(vars(module)) for module in self.modules]
+        self.attributes = [tuple(vars(module)) for module in self.modules]
         self.parameters = [dict(module._parameters) for module in self.modules]
 
     def free_originals(self) -> None:
@@ -40,7 +40,7 @@ class Trace:
         values = self._gathered()
         for module, kind, before, own in zip(self.modules, self.classes, self.attributes, self.parameters, strict=True):
             module.__class__ = kind
-            for key in set(vars(module)) - before:
+            for key in set(vars(module)).difference(before):
                 if key.startswith(("__composable_api", "_is_fsdp_managed", "_fsdp_use_orig")):
                     del vars(module)[key]
             _remove_hooks(module)
