@@ -170,7 +170,10 @@ def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> Non
     modules_to_save, config.modules_to_save = config.modules_to_save, None  # peft would train copies of them
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it itself, for each layer
-        _peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        try:
+            _peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        except (ValueError, NotImplementedError) as error:  # peft's own rules of what it can adapt
+            raise ConfigError(f"peft cannot adapt these layers: {error}", hint="set lora.targets to others") from error
     layers = adapted_layers(model)
     if layers.keys() != targets.keys():
         raise ConfigError(
