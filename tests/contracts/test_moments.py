@@ -82,7 +82,7 @@ def test_evaluation_and_generation_between_updates(spec, model_case):
 def test_an_exception_in_the_middle_of_an_accumulation(spec, model_case):
     """Nothing of the failed update is in the next one: not its gradients, not those that FSDP keeps in shards."""
     case = model_case
-    several = spec.name in ("accumulation", "batching") or spec.lists and spec.name != "packing"
+    several = spec.name in ("accumulation", "batching") or (spec.lists and spec.name != "packing")
     given = several and spec.name not in ("accumulation", "batching")  # those two cut the batch themselves
 
     def updates(fail):

@@ -2,8 +2,8 @@
 
 The step weights each micro-batch's mean loss by its number of targets, so the sum is the full batch's loss, which
 `loss / N` is not when the counts differ (transformers#34191). Activations shrink to 1/N; gradients, weights and
-optimizer state stay. The result equals the full batch to rounding, where each row is for itself: batch norm, losses that
-compare rows (contrastive ones) and randomness drawn once a batch (dropout) see smaller batches, so with them it differs.
+optimizer state stay. The result equals the full batch to rounding where each row is for itself. Batch norm, losses that
+compare rows (contrastive ones) and random numbers drawn once a batch see smaller batches, so with them it differs.
 
 A batch is cut along its rows. Tensors with one entry a row are cut with them. Image tensors of vision-language models
 (`pixel_values` and `image_grid_thw`, joined over the rows) are cut where the image tokens of `input_ids` say.

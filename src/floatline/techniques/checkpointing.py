@@ -84,9 +84,6 @@ class Checkpointing(Technique):
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        for setting in ("layers", "keep"):
-            if isinstance(getattr(self, setting), str):
-                object.__setattr__(self, setting, (getattr(self, setting),))
         super().__post_init__()
         self.at_least("every", 1)
         if self.budget is not None and not 0 <= self.budget <= 1:

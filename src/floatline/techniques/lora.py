@@ -69,7 +69,7 @@ class Lora(Technique):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least("rank", 1)
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise self.bad("alpha", "give a positive number, or leave it out for twice the rank")
         if not 0 <= self.dropout < 1:
             raise self.bad("dropout", "give 0 or more and less than 1")
@@ -172,7 +172,7 @@ def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> Non
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it itself, for each layer
         try:
             _peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        except (ValueError, NotImplementedError) as error:  # peft's own rules of what it can adapt
+        except (ValueError, TypeError, RuntimeError) as error:  # peft's own rules of what it can adapt
             raise ConfigError(f"peft cannot adapt these layers: {error}", hint="set lora.targets to others") from error
     layers = adapted_layers(model)
     if layers.keys() != targets.keys():

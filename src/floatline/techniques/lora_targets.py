@@ -11,7 +11,6 @@ from floatline.select import near_names, select_modules
 from floatline.techniques.heads import find_head
 from floatline.techniques.layers import repeated_layers
 
-
 _UNCALLED_IN_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
