@@ -12,8 +12,8 @@ Not covered: tensors and numbers that a module keeps outside of its buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +45,19 @@ class ChangedBuffers:
         name: The layer's, for the error.
         layer: Any module.
         written: What its calls before have told; this one adds to it.
+        copying: Context in which buffers are copied.
     """
 
-    def __init__(self, name: str, layer: nn.Module, written: Written) -> None:
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        written: Written,
+        copying: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.name = name
         self.written = written
+        self.copying = copying
         self._before: list[tuple[tuple[str, str], Place, int, torch.Tensor | None]] = []
         self._stand_ins: list[Place] = []
         unknown = layer.training not in written.modes
@@ -57,8 +65,12 @@ class ChangedBuffers:
         for path, owner in layer.named_modules():
             for key, buffer in owner._buffers.items():
                 copied = (unknown or (path, key) in written.buffers) and not _is_running_norm(owner)
-                old = buffer.detach().clone() if copied and buffer is not None else None
+                old = self._copy(buffer) if copied else None
                 self._before.append(((path, key), (owner, key, buffer), version_of(buffer), old))
+
+    def _copy(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        with self.copying():
+            return None if buffer is None else buffer.detach().clone()
 
     def note_changes(self) -> None:
         """After the forward: keep the old values of what it has changed, and nothing else.
@@ -96,7 +108,7 @@ class ChangedBuffers:
         try:
             for owner, key, old in self._stand_ins:
                 if id(old) not in copies:
-                    copies[id(old)] = None if old is None else old.detach().clone()
+                    copies[id(old)] = self._copy(old)
                 owner._buffers[key] = copies[id(old)]
             with inner:
                 yield

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -157,7 +158,8 @@ def _checkpointed(name: str, selective: ContextFunction | None) -> Callable[[Cal
                 return forward(self, *args, **kwargs)
             if torch.compiler.is_compiling():  # the compiler sees mutations itself and recomputes pure ops only
                 more: dict[str, Any] = {"context_fn": selective} if selective else {}
-                return checkpoint(partial(forward, self), *args, use_reentrant=False, **more, **kwargs)
+                body = _Uncompiled(name, forward, self, written)
+                return checkpoint(body, *args, use_reentrant=False, **more, **kwargs)
             if self.training:
                 args, kwargs = _without_cache((args, kwargs))
             return _recomputed(name, forward, self, args, kwargs, selective, written)
@@ -165,6 +167,29 @@ def _checkpointed(name: str, selective: ContextFunction | None) -> Callable[[Cal
         return checkpointed_forward
 
     return wrap
+
+
+class _Uncompiled:
+    """A forward that the compiler may put into a graph with its recomputation, or leave to Python both times.
+
+    It does the latter where the forward has effects besides its result, such as buffers that it assigns.
+    """
+
+    def __init__(self, name: str, forward: Callable[..., Any], module: nn.Module, written: Written) -> None:
+        self.name, self.forward, self.module, self.written = name, forward, module, written
+        self.buffers: ChangedBuffers | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.forward(self.module, *args, **kwargs)
+        if self.buffers is not None:
+            with self.buffers.as_before(nullcontext()):
+                return self.forward(self.module, *args, **kwargs)
+        # op-selective checkpointing counts ops, and these copies are none of the forward's
+        self.buffers = ChangedBuffers(self.name, self.module, self.written, copying=_disable_current_modes)
+        output = self.forward(self.module, *args, **kwargs)
+        self.buffers.note_changes()
+        return output
 
 
 def _recomputed(
