@@ -366,3 +366,13 @@ def test_compiled_layers_that_change_buffers(how, keep):
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-7)
     for ours, theirs in zip(compiled.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_list_of_layers_is_never_called_and_so_is_refused(zoo):
+    """Taken for a layer it would hide those inside, and nothing would be recomputed."""
+    with pytest.raises(
+        ConfigError, match=r"layers: blocks is a ModuleList that is never called itself\nhint: .*blocks\.\*"
+    ):
+        Checkpointing(layers="blocks").apply(Deep())
+    touched = Checkpointing(layers="**").apply(zoo["mlp"].build()).touched
+    assert touched == ("stem", "blocks.0", "blocks.1", "blocks.2", "out")

@@ -356,3 +356,14 @@ def test_what_peft_refuses_is_one_error_and_leaves_no_trace(zoo, monkeypatch):
     with pytest.raises(ConfigError, match=r"peft cannot adapt these layers: not this one\nhint: set lora.targets"):
         Lora(rank=2).apply(model)
     assert all(parameter.requires_grad for parameter in model.parameters()) and not hasattr(model, "peft_config")
+
+
+def test_what_no_adapter_can_be(zoo):
+    with pytest.raises(ConfigError, match=r"lora.alpha is inf\nhint: give a positive number"):
+        Lora(alpha=float("inf"))
+    with pytest.raises(ConfigError, match=r"peft cannot adapt these layers: .*\n?"):
+        Lora(rank=10**30).apply(zoo["gpt2"].build())
+
+
+def test_one_pattern_may_be_a_text(zoo):
+    assert Lora(targets="c_attn") == Lora(targets=["c_attn"])
