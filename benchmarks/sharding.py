@@ -41,12 +41,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 import torch
 import torch.distributed as dist
-from floatline.techniques.groups import join_ranks, leave_ranks
 
 import sharding_peers as peers
 from common import print_table, progress, quantile, report
 from floatline.observe.allocations import record_allocations
 from floatline.step import move
+from floatline.techniques.distributed.groups import join_ranks, leave_ranks
 from race import bytes_of, state_of
 from technique_models import WORKS, Work
 

@@ -95,6 +95,7 @@ class TiedLanguageModel(nn.Module):
         )
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embed.weight
+        nn.init.normal_(self.embed.weight, std=0.1)
 
     def forward(self, input_ids, labels):
         length = input_ids.shape[1]

@@ -1,10 +1,15 @@
 """Accumulation: micro-batches cut from one batch sum up to it."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 import floatline as fl
-from floatline.errors import ConfigError
+from floatline.errors import ConfigError, FloatlineWarning
+from floatline.techniques import make_technique
 from floatline.techniques.batches.rows import cut_rows, rows_of
 
 
@@ -49,3 +54,29 @@ def test_bad_input(zoo):
         fl.techniques.Accumulation(micro_batches=0)
     with pytest.raises(ConfigError, match="cannot be cut into micro-batches of 4 rows"):
         cut_rows(zoo["mlp"].build(), {"input_ids": torch.zeros(4, 2), "extra": torch.zeros(3)}, torch.tensor([0]))
+
+
+class Contrastive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("text", ["accumulation", "batching(max_tokens=8)"])
+def test_a_loss_that_compares_rows_is_warned_of(text):
+    with pytest.warns(FloatlineWarning, match=r"has a logit_scale.*another loss: drop (accumulation|batching)"):
+        make_technique(text).apply(Contrastive())
+
+
+def test_batching_that_only_trims_needs_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_technique("batching").apply(Contrastive())
+
+
+def test_the_balance_of_experts_is_noted():
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(output_router_logits=True)
+    (note,) = fl.techniques.Accumulation().apply(model).notes
+    assert "the experts' balance loss" in note

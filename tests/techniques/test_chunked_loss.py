@@ -459,3 +459,38 @@ def test_traces_on_fake_tensors(zoo):
         loss = model(torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12, dtype=torch.long))["loss"]
         loss.backward()
     assert loss.shape == () and model.head.weight.grad.shape == (96, 16) and applied.facts()["chunks"] == 6
+
+
+def test_a_chunk_may_be_larger_than_any_batch(zoo):
+    case = zoo["gpt2"]
+    losses = []
+    for techniques in ([], [f"chunked_loss(chunk_tokens={10**30})"]):
+        step = fl.TrainStep(case.build(), torch.optim.AdamW, precision="32-true", techniques=techniques)
+        losses.append(step(case.batch(0)).loss)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)])
+def test_a_bias_over_the_vocabulary_is_recorded_whatever_its_leading_ones(zoo, shape):
+    """BART's is (1, vocabulary)."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(96, 8), nn.Linear(8, 96)
+            self.bias = nn.Parameter(torch.randn(shape))
+
+        def forward(self, input_ids, labels):
+            logits = self.head(self.embed(input_ids)) + self.bias
+            return F.cross_entropy(logits.view(-1, 96), labels.view(-1))
+
+    plain, chunked = Biased(), Biased()
+    batch = {key: value for key, value in zoo["gpt2"].batch(0).items() if key != "attention_mask"}
+    applied = ChunkedLoss(chunk_tokens=8).apply(chunked)
+    losses = [model(**batch) for model in (plain, chunked)]
+    for loss in losses:
+        loss.backward()
+    assert "whole" not in applied.facts()
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(chunked.bias.grad, plain.bias.grad)

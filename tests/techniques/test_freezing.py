@@ -198,3 +198,8 @@ def test_bad_input(zoo):
         fl.techniques.make_technique("freezing")
     with pytest.warns(FloatlineWarning, match="touched nothing"):
         Freezing(modules=("stem",), keep=("stem",)).apply(zoo["mlp"].build())
+
+
+def test_a_keep_that_names_all_is_told(zoo):
+    with pytest.warns(FloatlineWarning, match="touched nothing: keep names all that modules names"):
+        Freezing(modules=("stem",), keep=("stem",)).apply(zoo["mlp"].build())

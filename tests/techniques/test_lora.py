@@ -372,3 +372,39 @@ def test_peft_missing(zoo, monkeypatch):
     ):
         Lora().apply(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2))
+
+
+def test_mamba_layers_that_are_never_called_are_left_out():
+    """Its kernels read the weights of out_proj and conv1d; peft refuses them, the usual targets go round them."""
+    touched = Lora(rank=2).apply(mamba()).touched
+    assert touched and not any(name.endswith(("out_proj", "conv1d")) for name in touched)
+    with pytest.raises(ConfigError, match=r"'out_proj' names no layer that can be adapted .*\nhint: near names: "):
+        Lora(rank=2, targets=("out_proj",)).apply(mamba())
+
+
+def test_what_peft_refuses_is_one_error_and_leaves_no_trace(zoo, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
+    model = zoo["gpt2"].build()
+    with pytest.raises(ConfigError, match=r"peft cannot adapt these layers: not this one\nhint: set lora.targets"):
+        Lora(rank=2).apply(model)
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not hasattr(model, "peft_config")
+
+
+def test_what_no_adapter_can_be(zoo):
+    with pytest.raises(ConfigError, match=r"lora.alpha is inf\nhint: give a positive number"):
+        Lora(alpha=float("inf"))
+    with pytest.raises(ConfigError, match=r"peft cannot adapt these layers: .*\n?"):
+        Lora(rank=10**30).apply(zoo["gpt2"].build())
+
+
+def test_one_pattern_may_be_a_text(zoo):
+    assert Lora(targets="c_attn") == Lora(targets=["c_attn"])

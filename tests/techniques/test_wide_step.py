@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import floatline as fl
 from floatline.errors import ConfigError
+from floatline.techniques import make_technique
 from floatline.techniques.optim_steps.wide_step import (
     COMPENSATION,
     RANDOMNESS,
@@ -236,3 +237,9 @@ def test_bad_input():
     ):
         with pytest.raises(ConfigError, match=way_out):
             make(list(pair))
+
+
+@pytest.mark.parametrize("name", ["kahan", "stochastic_rounding"])
+def test_a_seed_that_no_generator_takes(name):
+    with pytest.raises(ConfigError, match=rf"{name}.seed is 9223372036854775808\nhint: give less than 2\^63"):
+        make_technique(f"{name}(seed={2**63})")

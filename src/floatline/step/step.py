@@ -209,6 +209,7 @@ class TrainStep:
             loss = self._accumulate(micro_batches)
         except BaseException:  # half an accumulation must not be in the next update
             self.model.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)  # of shards: the model may show them gathered just now
             raise
         self.masters.pull_gradients()
         self.scaling.unscale(self.optimizer)

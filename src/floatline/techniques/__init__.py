@@ -5,9 +5,9 @@
     step = fl.TrainStep(model, optimizer, techniques=[fl.techniques.Checkpointing(every=2), "offload"])
 
 A file here is a technique, but for a few: `base.py` is their shape, `registry.py` knows them by name, `stack.py` puts
-several on one model, `layers.py` finds a model's repeated layers; `attention_hf.py`, `compile_watch.py` and
-`offload_stash.py` belong to the technique that their name begins with. What several share, or one is made of, lies in
-folders:
+several on one model, `layers.py` finds a model's repeated layers; `attention_hf.py`, `checkpointing_buffers.py`,
+`compile_watch.py` and `offload_stash.py` belong to the technique that their name begins with. What several share, or
+one is made of, lies in folders:
 
     batches/      rows, token counts, length buckets, packing rules, a sampler with a token budget
     logits/       the output head, logits that are not there yet, cross-entropy in chunks

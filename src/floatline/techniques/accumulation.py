@@ -2,8 +2,8 @@
 
 The step weights each micro-batch's mean loss by its number of targets, so the sum is the full batch's loss, which
 `loss / N` is not when the counts differ (transformers#34191). Activations shrink to 1/N; gradients, weights and
-optimizer state stay. The result equals the full batch to rounding; batch norm sees smaller batches, so with it results
-differ.
+optimizer state stay. The result equals the full batch to rounding where each row is for itself. Batch norm, losses that
+compare rows (contrastive ones) and random numbers drawn once a batch see smaller batches, so with them it differs.
 
 A batch is cut along its rows. Tensors with one entry a row are cut with them. Image tensors of vision-language models
 (`pixel_values` and `image_grid_thw`, joined over the rows) are cut where the image tokens of `input_ids` say.
@@ -19,7 +19,7 @@ from torch import nn
 
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.batches.rows import cut_rows, rows_of
+from floatline.techniques.batches.rows import coupled_rows, cut_rows, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,4 @@ class Accumulation(Technique):
             parts = torch.arange(rows).tensor_split(min(self.micro_batches, rows))
             return [cut_rows(model, batch, part) for part in parts]
 
-        return Applied(technique=self, touched=("",), split=split, notes=_batch_norm_note(model))
-
-
-def _batch_norm_note(model: nn.Module) -> tuple[str, ...]:
-    norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return ()
-    return (f"batch norm ({norms[0]}{', ...' if norms[1:] else ''}) sees micro-batches, so results differ a little",)
+        return Applied(technique=self, touched=("",), split=split, notes=coupled_rows(model, self.name))

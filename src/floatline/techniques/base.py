@@ -111,6 +111,8 @@ class Technique:
         hints = get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str) and get_origin(hints[field.name]) is tuple:
+                value = [value]  # one pattern
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)

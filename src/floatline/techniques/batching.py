@@ -13,7 +13,7 @@ Positions stay what they were: models that count positions from the first column
 that are left; rotary positions are relative.
 
 Not covered: labels on the first token of left-padded rows, which the padding before it would have to predict; models
-whose computation mixes rows (batch norm).
+whose computation mixes rows (batch norm, contrastive losses): told, not refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.batches.buckets import cut_by_tokens
-from floatline.techniques.batches.rows import cut_rows
+from floatline.techniques.batches.rows import coupled_rows, cut_rows
 from floatline.techniques.batches.tokens import PaddingCounter, spans, token_aligned, token_mask
 
 
@@ -71,6 +71,7 @@ class Batching(Technique):
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         counter = PaddingCounter()
+        notes = () if self.max_tokens is None else coupled_rows(model, self.name)
 
         def split(batch: Any) -> list[Any]:
             mask = token_mask(batch, self.name)
@@ -81,7 +82,7 @@ class Batching(Technique):
             counter.add(int(mask.sum()), mask.numel(), sum(part["input_ids"].numel() for part in parts))
             return parts
 
-        return Applied(technique=self, touched=("",), split=split, facts=counter.facts)
+        return Applied(technique=self, touched=("",), split=split, notes=notes, facts=counter.facts)
 
     def _groups(self, first: torch.Tensor, last: torch.Tensor, width: int) -> list[list[int]]:
         """Rows of each micro-batch; the rows of one are in the batch's order, as its images are."""

@@ -2,7 +2,8 @@
 
 Of each chosen layer only the inputs are kept. The price is one more forward of those layers, at most a third of the
 step's FLOPs. What is recomputed is bit for bit what was forgotten: random state is restored, autocast too, and so
-are buffers that the forward changes (batch norm would count each batch twice otherwise).
+are buffers that the forward changes (running averages, power iterations): the recomputation starts from their old
+values and leaves the new ones alone.
 
     checkpointing                     every repeated layer of the model
     checkpointing(every=2)            each second layer of each list
@@ -11,7 +12,9 @@ are buffers that the forward changes (batch norm would count each batch twice ot
     checkpointing(budget=0.5)         compiled models: torch's partitioner keeps about this share of the activations
 
 A layer that changes its inputs in place would be recomputed from the changed values; that is an error at its first
-forward. A key-value cache handed to a layer in training is left out, for the recomputation would append to it twice.
+forward. A key-value cache handed to a layer in training is left out, for the recomputation would append to it twice;
+where the cache lays keys out anew (T5) the plain step without cache is what the numbers equal to the bit. With `keep`
+under autocast a weight that several layers share is cast in each, so its gradient is summed in fp32: equal to rounding.
 
 Not covered: reentrant checkpointing (it needs inputs that require gradients and breaks with frozen embeddings); lists
 of plain ops such as a Sequential of Linear and ReLU, where you name the modules yourself.
@@ -28,6 +31,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -36,6 +40,8 @@ from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
 from floatline.patch import ForwardPatch
 from floatline.techniques.base import Applied, Stage, Technique
+from floatline.techniques.checkpointing_buffers import ChangedBuffers, Written, version_of
+from floatline.techniques.freezing import requires_grad
 from floatline.techniques.layers import chosen_layers, outermost
 
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm")
@@ -79,9 +85,6 @@ class Checkpointing(Technique):
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        for setting in ("layers", "keep"):
-            if isinstance(getattr(self, setting), str):
-                object.__setattr__(self, setting, (getattr(self, setting),))
         super().__post_init__()
         self.at_least("every", 1)
         if self.budget is not None and not 0 <= self.budget <= 1:
@@ -113,7 +116,8 @@ class Checkpointing(Technique):
             for patch in reversed(patches):
                 patch.undo()
 
-        return Applied(technique=self, touched=tuple(layers), undo=undo)
+        notes = () if layers else (f"no layers repeat in {type(model).__name__}: name modules in checkpointing.layers",)
+        return Applied(technique=self, touched=tuple(layers), undo=undo, notes=notes)
 
 
 @contextmanager
@@ -146,6 +150,7 @@ def _context_function(keep: tuple[str, ...]) -> ContextFunction | None:
 
 def _checkpointed(name: str, selective: ContextFunction | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the wrapper that recomputes a module's forward."""
+    written = Written()
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -153,14 +158,38 @@ def _checkpointed(name: str, selective: ContextFunction | None) -> Callable[[Cal
                 return forward(self, *args, **kwargs)
             if torch.compiler.is_compiling():  # the compiler sees mutations itself and recomputes pure ops only
                 more: dict[str, Any] = {"context_fn": selective} if selective else {}
-                return checkpoint(partial(forward, self), *args, use_reentrant=False, **more, **kwargs)
+                body = _Uncompiled(name, forward, self, written)
+                return checkpoint(body, *args, use_reentrant=False, **more, **kwargs)
             if self.training:
                 args, kwargs = _without_cache((args, kwargs))
-            return _recomputed(name, forward, self, args, kwargs, selective)
+            return _recomputed(name, forward, self, args, kwargs, selective, written)
 
         return checkpointed_forward
 
     return wrap
+
+
+class _Uncompiled:
+    """A forward that the compiler may put into a graph with its recomputation, or leave to Python both times.
+
+    It does the latter where the forward has effects besides its result, such as buffers that it assigns.
+    """
+
+    def __init__(self, name: str, forward: Callable[..., Any], module: nn.Module, written: Written) -> None:
+        self.name, self.forward, self.module, self.written = name, forward, module, written
+        self.buffers: ChangedBuffers | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.forward(self.module, *args, **kwargs)
+        if self.buffers is not None:
+            with self.buffers.as_before(nullcontext()):
+                return self.forward(self.module, *args, **kwargs)
+        # op-selective checkpointing counts ops, and these copies are none of the forward's
+        self.buffers = ChangedBuffers(self.name, self.module, self.written, copying=_disable_current_modes)
+        output = self.forward(self.module, *args, **kwargs)
+        self.buffers.note_changes()
+        return output
 
 
 def _recomputed(
@@ -170,20 +199,23 @@ def _recomputed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     selective: ContextFunction | None,
+    written: Written,
 ) -> Any:
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if not any(t.requires_grad for t in inputs) and not any(p.requires_grad for p in module.parameters()):
+    if not requires_grad((args, kwargs)) and not any(p.requires_grad for p in module.parameters()):
         return forward(module, *args, **kwargs)  # no graph, nothing is saved anyway
-    before = [_version(tensor) for tensor in inputs]
-    buffers = _ChangedBuffers(module)
+    before = [version_of(tensor) for tensor in inputs]
+    buffers = ChangedBuffers(name, module, written)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         first, again = selective() if selective else (nullcontext(), nullcontext())
-        return first, buffers.restored_after(again)
+        return first, buffers.as_before(again)
 
+    if selective:  # autocast's cache holds weights that an earlier layer cast, and is empty in the recomputation
+        torch.clear_autocast_cache()
     output = checkpoint(partial(forward, module), *args, use_reentrant=False, context_fn=contexts, **kwargs)
     buffers.note_changes()
-    changed = next((t for t, version in zip(inputs, before, strict=True) if _version(t) != version), None)
+    changed = next((t for t, version in zip(inputs, before, strict=True) if version_of(t) != version), None)
     if changed is not None:
         raise ConfigError(
             f"checkpointing {name}: its forward changes an input of shape {tuple(changed.shape)} in place, and would "
@@ -192,10 +224,6 @@ def _recomputed(
             "checkpointing.layers",
         )
     return output
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_cache(tree: Any) -> Any:
@@ -209,32 +237,3 @@ def _without_cache(tree: Any) -> Any:
 def _is_cache(value: Any) -> bool:
     """Say whether a value is a transformers cache, without importing transformers."""
     return any(base.__name__ == "Cache" and base.__module__.startswith("transformers") for base in type(value).__mro__)
-
-
-class _ChangedBuffers:
-    """The buffers that a forward changes (batch norm's statistics): a recomputation must leave them as they are."""
-
-    def __init__(self, module: nn.Module) -> None:
-        owners = [inner for inner in module.modules() if inner._buffers]
-        self.versions = [(owner, [_version(b) for b in owner.buffers(recurse=False)]) for owner in owners]
-        self.changed: list[torch.Tensor] = []
-
-    def note_changes(self) -> None:
-        """Note all buffers of a module that changed one: torch's batch norm kernels do not count up the versions of
-        the statistics that they write, only `num_batches_tracked` shows."""
-        for owner, before in self.versions:
-            buffers = list(owner.buffers(recurse=False))
-            running = isinstance(owner, nn.modules.batchnorm._NormBase) and owner.training
-            if running or [_version(buffer) for buffer in buffers] != before:
-                self.changed += buffers
-
-    @contextmanager
-    def restored_after(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        saved = [buffer.clone() for buffer in self.changed]
-        try:
-            with inner:
-                yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(self.changed, saved, strict=True):
-                    buffer.copy_(value)

@@ -135,7 +135,10 @@ class Compile(Technique):
     def _refuse(self, model: nn.Module) -> None:
         known = torch.compiler.list_backends(exclude_tags=())
         if self.backend not in known:
-            raise ConfigError(f"compile.backend is {self.backend!r}", hint=did_you_mean(self.backend, known))
+            raise ConfigError(
+                f"compile.backend is {self.backend!r}",
+                hint=did_you_mean(self.backend, [*torch.compiler.list_backends(), "eager", "aot_eager"]),
+            )
         for name, module in model.named_modules():
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 raise ConfigError(

@@ -96,7 +96,7 @@ class Freezing(Technique):
             technique=self,
             touched=(*towers, *loose),
             undo=undo,
-            notes=_notes(model, chosen, towers),
+            notes=_notes(model, chosen, towers) if chosen else ("keep names all that modules names",),
             facts=lambda: {"parameters": float(sum(parameter.numel() for parameter in chosen.values()))},
         )
 

@@ -36,7 +36,7 @@ class Kahan(Technique):
         seed: Of the moments' stochastic rounding.
 
     Raises:
-        ConfigError: A bucket below 1 byte or a negative seed.
+        ConfigError: A bucket below 1 byte or a seed below 0 or from 2^63.
     """
 
     name = "kahan"
@@ -57,6 +57,8 @@ class Kahan(Technique):
         super().__post_init__()
         self.at_least("bucket_bytes", 1)
         self.at_least("seed", 0)
+        if self.seed >= 2**63:
+            raise self.bad("seed", "give less than 2^63")
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         return apply_wide_step(self, model, Compensated(), self.moments, self.bucket_bytes, self.seed)

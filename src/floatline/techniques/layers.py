@@ -69,7 +69,7 @@ def chosen_layers(model: nn.Module, patterns: tuple[str, ...], *, setting: str) 
         setting: The setting's name, for the error.
 
     Raises:
-        ConfigError: A pattern matches nothing; near names are listed.
+        ConfigError: A pattern matches nothing (near names are listed), or only lists that are never called themselves.
     """
     if not patterns:
         return repeated_layers(model)
@@ -82,5 +82,12 @@ def chosen_layers(model: nn.Module, patterns: tuple[str, ...], *, setting: str) 
                 f"{setting}: {pattern!r} matches no module of {type(model).__name__}",
                 hint=f"near names: {', '.join(near)}" if near else "list the names with model.named_modules()",
             )
-        found.update(matched)
+        called = {name: module for name, module in matched.items() if type(module).forward is not nn.Module.forward}
+        if not called:
+            name, module = next(iter(matched.items()))
+            raise ConfigError(
+                f"{setting}: {name} is a {type(module).__name__} that is never called itself",
+                hint=f"name what is in it: {name}.*",
+            )
+        found.update(called)
     return found

@@ -70,7 +70,7 @@ class Lora(Technique):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least("rank", 1)
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise self.bad("alpha", "give a positive number, or leave it out for twice the rank")
         if not 0 <= self.dropout < 1:
             raise self.bad("dropout", "give 0 or more and less than 1")
@@ -197,7 +197,10 @@ def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> Non
     modules_to_save, config.modules_to_save = config.modules_to_save, None  # peft would train copies of them
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it itself, for each layer
-        _peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        try:
+            _peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        except (ValueError, TypeError, RuntimeError) as error:  # peft's own rules of what it can adapt
+            raise ConfigError(f"peft cannot adapt these layers: {error}", hint="set lora.targets to others") from error
     layers = adapted_layers(model)
     if layers.keys() != targets.keys():
         raise ConfigError(

@@ -11,6 +11,8 @@ from floatline.select import near_names, select_modules
 from floatline.techniques.layers import repeated_layers
 from floatline.techniques.logits.heads import find_head
 
+_UNCALLED_IN_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
 
 def _is_adaptable(module: nn.Module) -> bool:
     kinds = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -23,9 +25,15 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that can be adapted: those inside `nn.MultiheadAttention` are never called."""
+    """Return the layers that can be adapted.
+
+    Those inside `nn.MultiheadAttention` are never called, nor are two of Mamba's, whose kernels read their weights.
+    """
     never = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    return {n: m for n, m in model.named_modules() if n and _is_adaptable(m) and not n.startswith(never)}
+    found = {n: m for n, m in model.named_modules() if n and _is_adaptable(m) and not n.startswith(never)}
+    if getattr(getattr(model, "config", None), "model_type", None) in _UNCALLED_IN_MAMBA:  # peft refuses them
+        found = {n: m for n, m in found.items() if n.rpartition(".")[2] not in ("out_proj", "conv1d")}
+    return found
 
 
 def matched_layers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:

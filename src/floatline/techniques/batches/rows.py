@@ -1,14 +1,18 @@
-"""Take rows out of a batch: dicts, tuples and tensors, and the joined image tensors of vision-language models."""
+"""Take rows out of a batch: dicts, tuples and tensors, and the joined image tensors of vision-language models.
+
+And say where the rows of a batch are not each for itself, so that micro-batches cannot add up to it.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from floatline.errors import ConfigError
+from floatline.errors import ConfigError, FloatlineWarning
 
 _IMAGE_KEYS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 _TOKEN_IDS = {"image_grid_thw": "image_token_id", "video_grid_thw": "video_token_id"}
@@ -50,6 +54,29 @@ def cut_rows(model: nn.Module, batch: Any, rows: torch.Tensor) -> Any:
         rest = {key: tree_map(lambda leaf, key=key: cut(key, leaf), v) for key, v in batch.items() if key not in joined}
         return {key: joined[key] if key in joined else rest[key] for key in batch}
     return tree_map(lambda leaf: cut("a tensor of the batch", leaf), batch)
+
+
+def coupled_rows(model: nn.Module, technique: str) -> tuple[str, ...]:
+    """Return why the loss of a batch is not the mean of its rows' losses, so that micro-batches train otherwise.
+
+    Batch norm and the balance of experts differ a little, for which a note is enough. A contrastive loss (CLIP and its
+    kin hold a `logit_scale`) compares the rows with each other, and compares fewer in a micro-batch: that is warned of.
+    """
+    notes = []
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        more = ", ..." if norms[1:] else ""
+        notes.append(f"batch norm ({norms[0]}{more}) sees micro-batches, so results differ a little")
+    if getattr(getattr(model, "config", None), "output_router_logits", False) is True:
+        notes.append("the experts' balance loss (output_router_logits) is taken in each micro-batch, not over all")
+    if any(name.rpartition(".")[2] == "logit_scale" for name, _ in model.named_parameters()):
+        warnings.warn(
+            f"{technique}: {type(model).__name__} has a logit_scale, as models with a contrastive loss have; its rows "
+            f"would be compared inside each micro-batch only, which is another loss: drop {technique} for such a loss",
+            FloatlineWarning,
+            stacklevel=2,
+        )
+    return tuple(notes)
 
 
 def _consecutive(rows: torch.Tensor) -> bool:

@@ -56,7 +56,7 @@ def chunked_cross_entropy(
             label_smoothing=label_smoothing,
         )
 
-    size = recipe.ledger.chunk_tokens
+    size = min(recipe.ledger.chunk_tokens, max(1, targets.shape[0]))
     chunks = zip(recipe.hidden.reshape(-1, recipe.hidden.shape[-1]).split(size), targets.split(size), strict=True)
     losses = [checkpoint(loss_of, *c, use_reentrant=False, preserve_rng_state=recipe.random) for c in chunks]
     recipe.ledger.count("losses")

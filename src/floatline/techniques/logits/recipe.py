@@ -102,6 +102,7 @@ def with_op(recipe: Recipe, func: Any, name: str, args: Any, kwargs: Any) -> Rec
     Returns:
         The recipe with the op; the recipe itself if it changes nothing; None if it is not the same for every row.
     """
+    args, kwargs = tree_map(lambda leaf: _without_leading_ones(leaf, recipe), (args, kwargs))
     others = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if name == "type_as":
         func, args, others = torch.Tensor.to, (Rows, others[0].dtype), []
@@ -121,6 +122,13 @@ def with_op(recipe: Recipe, func: Any, name: str, args: Any, kwargs: Any) -> Rec
         return recipe
     learned = tuple(other for other in others if other.requires_grad)
     return replace(recipe, probe=probe, ops=(*recipe.ops, op), parameters=(*recipe.parameters, *learned))
+
+
+def _without_leading_ones(other: Any, recipe: Recipe) -> Any:
+    """Return one value a class as (vocabulary,), which it may come as (1, vocabulary) or (1, 1, vocabulary) (BART)."""
+    if not isinstance(other, torch.Tensor) or not 2 <= other.dim() <= recipe.hidden.dim():
+        return other
+    return other.reshape(-1) if other.numel() == other.shape[-1] == recipe.vocabulary else other
 
 
 def _same_for_rows(other: torch.Tensor, recipe: Recipe) -> bool:
