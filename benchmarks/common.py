@@ -130,6 +130,12 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "M
 """Environment in which glibc never gives memory back; see the top."""
 
 
+def keep_memory() -> None:
+    """Start this script again in that environment, unless it runs in it already."""
+    if any(os.environ.get(key) != value for key, value in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+
+
 @dataclass(frozen=True)
 class Turn:
     """One contestant's turn.

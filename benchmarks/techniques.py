@@ -31,7 +31,7 @@ import torch
 
 import floatline as fl
 import technique_peers as peers
-from common import print_table, progress, quantile, report
+from common import keep_memory, print_table, progress, quantile, report
 from floatline.observe.allocations import Allocations
 from floatline.step import default_loss, move
 from race import Contestant, adamw, tensors_of, time_in_turns, weigh
@@ -91,6 +91,7 @@ def stacks(work: Work) -> dict[str, list[str]]:
             "accumulation(micro_batches=4)",
             "low_bit_optimizer",
         ],
+        "= checkpointing + chunked loss + in backward": ["checkpointing", *chunked, "optimizer_in_backward"],
         "= lora + checkpointing + chunked loss": [lora, "checkpointing", *chunked],
         "= all of these, bf16-mixed": [
             "precision(policy='bf16-mixed')",
@@ -119,6 +120,7 @@ LANGUAGE_ONLY = (
     "batching",
     "chunked loss",
     "= checkpointing + chunked loss",
+    "= checkpointing + chunked loss + in backward",
 )
 
 
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     rows = []

@@ -10,6 +10,7 @@ way it is trained.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from torch import nn
 
 import floatline as fl
 
+DEVICE = torch.device(os.environ.get("FLOATLINE_TEST_DEVICE", "cpu"))
+"""Where the models of the contract train; FLOATLINE_TEST_DEVICE=cuda puts them on a GPU."""
 UPDATES = 3
 ROUNDING = {"32-true": 2e-4, "bf16-mixed": 4e-2, "16-mixed": 2e-2}
 """How far a run may be off when sums are taken in another order, by precision."""
@@ -123,7 +126,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     for method in ("full_tensor", "dequantize"):
         if hasattr(tensor, method) and type(tensor) is not torch.Tensor and type(tensor) is not nn.Parameter:
             tensor = getattr(tensor, method)()
-    return tensor.detach().clone().float() if tensor.is_floating_point() else tensor.detach().clone()
+    tensor = tensor.detach().cpu()
+    return tensor.clone().float() if tensor.is_floating_point() else tensor.clone()
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -141,7 +145,12 @@ def make_step(
 ) -> fl.TrainStep:
     """Return a step on a fresh model."""
     return fl.TrainStep(
-        case.build(), optimizer, precision=precision, loss=case.loss, max_grad_norm=clip, techniques=techniques
+        case.build().to(DEVICE),
+        optimizer,
+        precision=precision,
+        loss=case.loss,
+        max_grad_norm=clip,
+        techniques=techniques,
     )
 
 
@@ -170,8 +179,8 @@ def run(step: fl.TrainStep, batches: list[Any]) -> Result:
         gradients=gradients,
         moments=moments,
         buffers={name: whole(buffer) for name, buffer in step.model.named_buffers()},
-        losses=[out.loss.detach() for out in outputs],
-        norms=[out.grad_norm.detach() for out in outputs],
+        losses=[out.loss.cpu() for out in outputs],
+        norms=[out.grad_norm.cpu() for out in outputs],
     )
 
 

@@ -12,26 +12,12 @@ import pickle
 import contract
 import pytest
 import torch
-import torch.distributed as dist
 from contract import SPECS, make_step
 
 import floatline as fl
 from floatline.techniques import make_technique
 
 MODEL = "qwen3_vl"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank_group():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def forgotten_graphs():
-    yield
-    torch._dynamo.reset()
 
 
 def step_of(spec, case, loss=None):

@@ -7,28 +7,12 @@ import warnings
 import contract
 import pytest
 import torch
-import torch.distributed as dist
 from contract import ROUNDING, SPECS, UPDATES, distance, make_step
 
 from floatline.errors import ConfigError, FloatlineWarning
 from floatline.techniques import HOMES, Stack, make_technique
 
 PAIRS = list(itertools.combinations(SPECS.values(), 2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank_group():
-    """Sharding in one process: a group of one rank, made by the technique, gone afterwards."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def forgotten_graphs():
-    """torch keeps compiled graphs by code, not by model: those of one test count against the next one's limit."""
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -14,47 +14,29 @@ torchao's `_AdamW(bf16_stochastic_round=True)` rounds the weights the same way, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from torch import nn
-
-from floatline.hardware import Hardware
-from floatline.techniques.base import Applied, Stage, Technique
-from floatline.techniques.kahan import SHARDED, apply_wide_step
 from floatline.techniques.optim_steps.wide_step import Stochastic
+from floatline.techniques.optim_steps.wide_technique import SHARDED, WideTechnique
 
 
 @dataclass(frozen=True, kw_only=True)
-class StochasticRounding(Technique):
+class StochasticRounding(WideTechnique):
     """Round bf16 weights at random, with the mean unchanged.
 
     Args:
         moments: Format of the optimizer's moments between steps; "fp32" costs 4 more bytes a parameter with Adam.
         bucket_bytes: Bound on the fp32 copies during a step; a larger parameter is stepped alone.
-        seed: Of the random bits, which are none of torch's own.
+        seed: Of the random bits of stochastic rounding, which are none of torch's own.
 
     Raises:
         ConfigError: A bucket below 1 byte or a seed below 0 or from 2^63.
     """
 
     name = "stochastic_rounding"
-    stage = Stage.OPTIMIZER
+    rounding = Stochastic()
     conflicts: ClassVar = {
         "low_bit_optimizer": "the low-bit optimizer rounds weights itself; write "
         "low_bit_optimizer(stochastic_rounding=True)",
         "sharding": SHARDED,
     }
-
-    moments: Literal["bf16", "fp32"] = "bf16"
-    bucket_bytes: int = 64 * 2**20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("bucket_bytes", 1)
-        self.at_least("seed", 0)
-        if self.seed >= 2**63:
-            raise self.bad("seed", "give less than 2^63")
-
-    def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
-        return apply_wide_step(self, model, Stochastic(), self.moments, self.bucket_bytes, self.seed)

@@ -281,7 +281,8 @@ class Loop:
             self.telemetry.evaluation(evaluation, step)
             self._write_answers(evaluation)
             result = {**(result or {}), **evaluation.record(step)}
-        run.manifest.update(result=result, peak_memory_bytes=peak_memory(self.step.device))
+        facts = self.step.stack.facts()
+        run.manifest.update(result=result, peak_memory_bytes=peak_memory(self.step.device), technique_facts=facts)
         return result
 
     def _load_best(self) -> int:

@@ -31,7 +31,7 @@ from floatline.train.checkpoint import (
     step_of,
 )
 from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
-from floatline.train.data.lengths import token_lengths
+from floatline.train.data.lengths import padding_of, token_lengths
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import holds_adapter, load_model, load_processor, model_files
@@ -176,7 +176,7 @@ def _build(
         rng.seed_everything(recipe.train.seed, ranks.rank)
     note_techniques(step, manifest, say)
     pad = pad_token_id(encoder.tokenizer)
-    loader = _make_loader(datasets["train"], encoder, resolved, step, ranks)
+    loader = _make_loader(datasets["train"], encoder, resolved, step, ranks, say)
     evaluator = Evaluator(
         model,
         step.precision,
@@ -197,7 +197,7 @@ def _build(
 
 
 def _make_loader(
-    dataset: SampleDataset, encoder: SampleEncoder, resolved: Resolved, step: TrainStep, ranks: OneRank
+    dataset: SampleDataset, encoder: SampleEncoder, resolved: Resolved, step: TrainStep, ranks: OneRank, say: Say
 ) -> Any:
     """Return the loader of this rank's share of each update, in micro-batches as the recipe asks for.
 
@@ -206,8 +206,13 @@ def _make_loader(
     recipe = resolved.recipe
     bucketing: Any = step.stack.find("batching")
     collate: Any = Collator(pad_token_id(encoder.tokenizer))
+    micro_batch_size = recipe.train.micro_batch_size or recipe.train.batch_size
+    lengths = token_lengths(dataset.samples, encoder) if bucketing is not None else None
+    if lengths is not None:
+        sizes = {"batch_size": recipe.train.batch_size, "micro_batch_size": micro_batch_size}
+        say(f"batching: first epoch: {padding_of(lengths, bucketing, **sizes, seed=recipe.train.seed)}")
     if bucketing is None or bucketing.max_tokens is None:
-        collate = MicroBatches(collate, recipe.train.micro_batch_size or recipe.train.batch_size)
+        collate = MicroBatches(collate, micro_batch_size)
     return make_loader(
         dataset,
         batch_size=recipe.train.batch_size,
@@ -218,7 +223,7 @@ def _make_loader(
         drop_last=True,
         pin_memory=resolved.device.type == "cuda",
         bucketing=bucketing,
-        lengths=token_lengths(dataset.samples, encoder) if bucketing is not None else None,
+        lengths=lengths,
         rank=ranks.rank,
         ranks=ranks.size,
     )

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from floatline.techniques import Batching, padding_report
+from floatline.techniques.batches.buckets import bucketed_updates, cut_by_tokens
 from floatline.train.data.encode import SampleEncoder
 from floatline.train.data.images import BadImage, image_size
 from floatline.train.data.samples import Sample
@@ -69,3 +71,29 @@ def _counts_right(
         return all(counted(sample) == encoded(sample) for sample in compared)
     except (AttributeError, TypeError, ValueError, KeyError, NotImplementedError):  # the processor has no such answer
         return False
+
+
+def padding_of(lengths: Sequence[int], batching: Batching, *, batch_size: int, micro_batch_size: int, seed: int) -> str:
+    """Return in words how much of the first epoch is padding, and how much it would be without `batching`.
+
+    Args:
+        lengths: As `token_lengths` gives them.
+        batching: The technique.
+        batch_size: Samples an update.
+        micro_batch_size: Samples a forward where no budget of tokens decides.
+        seed: Of the order of samples.
+    """
+
+    def updates(window: int) -> list[list[int]]:
+        return bucketed_updates(lengths, batch_size=batch_size, window=window, seed=seed, epoch=0)
+
+    def by_size(update: list[int]) -> list[list[int]]:
+        ordered = sorted(update, key=lengths.__getitem__)
+        return [ordered[at : at + micro_batch_size] for at in range(0, len(ordered), micro_batch_size)]
+
+    def cut(update: list[int]) -> list[list[int]]:
+        return cut_by_tokens(update, lengths, batching.max_tokens) if batching.max_tokens else by_size(update)
+
+    drawn = [part for update in updates(batching.window) for part in cut(update)]
+    plain = [part for update in updates(1) for part in by_size(update)]
+    return str(padding_report(lengths, drawn, baseline=plain))
