@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help check test demo soak bench docs clean
+.PHONY: help check test demo soak bench techniques docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -40,6 +40,12 @@ bench: $(STAMP) ## step overhead beside other trainers, import times; prints tab
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/import_time.py
+
+techniques: $(STAMP) ## what each technique saves and costs, beside peers, on one process and on two (half an hour)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/techniques.py
+	$(BIN)/python benchmarks/sharding.py
+	$(BIN)/python benchmarks/padding.py
 
 docs: $(STAMP) ## write docs/reference from the code
 	$(BIN)/python docs/generate.py
