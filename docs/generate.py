@@ -119,7 +119,7 @@ def techniques() -> str:
     """Every technique with its settings, in the order in which they are applied."""
     from floatline.techniques import HOMES, technique_class
 
-    classes = sorted((technique_class(name) for name in HOMES), key=lambda kind: kind.stage)
+    classes = sorted((technique_class(name) for name in HOMES), key=lambda kind: (kind.stage, kind.order))
     lines = [
         "# Techniques\n",
         "In the order in which a step applies them, whichever order they are given in. In a recipe: "
@@ -128,11 +128,11 @@ def techniques() -> str:
         "[techniques](../concepts/techniques.md).\n",
     ]
     for kind in classes:
-        lines += _technique(kind)
+        lines += _technique(kind, classes)
     return "\n".join(lines) + "\n"
 
 
-def _technique(kind: Any) -> list[str]:
+def _technique(kind: Any, classes: list[Any]) -> list[str]:
     summary, arguments = _docstring(kind)
     exact = "bit for bit the plain step's" if kind.exact else "equal to rounding, or another optimizer or model"
     lines = [f"## {kind.name}\n", f"`fl.techniques.{kind.__name__}`: {summary} Results: {exact}.\n"]
@@ -144,9 +144,10 @@ def _technique(kind: Any) -> list[str]:
             meaning = arguments.get(field.name, "").replace("|", "\\|")
             lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {default} | {meaning} |")
         lines.append("")
-    for other, reason in kind.conflicts.items():
-        lines.append(f"- not with `{other}`: {reason}")
-    return [*lines, ""] if kind.conflicts else lines
+    conflicts = {other.name: other.conflicts[kind.name] for other in classes if kind.name in other.conflicts}
+    conflicts |= kind.conflicts
+    lines += [f"- not with `{other}`: {reason}" for other, reason in conflicts.items()]
+    return [*lines, ""] if conflicts else lines
 
 
 def _docstring(kind: Any) -> tuple[str, dict[str, str]]:

@@ -152,13 +152,14 @@ def test_a_second_apply_is_refused(name, zoo):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_state_loads_with_and_without(name, zoo):
-    """Weights and optimizer state of a plain run go into one with the technique, and back."""
+    """Weights and optimizer state of a plain run go into one with the technique, and back; both go on as the plain."""
     spec, case = SPECS[name], zoo["qwen3_vl"]
-    precision = "auto" if name == "precision" else "32-true"
+    precision, plain_precision = ("auto", "bf16-mixed") if name == "precision" else ("32-true", "32-true")
     defining = [spec.on(case.name)] if spec.defines else []
     with_it = make_step(case, [spec.on(case.name)], precision, clip=spec.clip)
-    without = make_step(case, defining, "bf16-mixed" if name == "precision" else "32-true", clip=spec.clip)
-    for step in (with_it, without):
+    without, unbroken = (make_step(case, defining, plain_precision, clip=spec.clip) for _ in range(2))
+    start = {n: contract.whole(p) for n, p in unbroken.model.named_parameters()}
+    for step in (with_it, without, unbroken):
         step(case.batch(0))
     there, back = copy.deepcopy(with_it.state_dict()), copy.deepcopy(without.state_dict())
     if name == "sharding":  # shards are read and written by distributed.checkpoint; tests/techniques/test_sharding.py
@@ -168,8 +169,12 @@ def test_state_loads_with_and_without(name, zoo):
     without.model.load_state_dict(weights)
     with_it.load_state_dict(back)
     without.load_state_dict(there)
-    for step in (with_it, without):
-        assert bool(step(case.batch(1)).applied)
+    assert all(bool(step(case.batch(1)).applied) for step in (with_it, without, unbroken))
+    first, second, expected = (
+        {n: contract.whole(p) for n, p in step.model.named_parameters()} for step in (with_it, without, unbroken)
+    )
+    for weights in (first, second):
+        assert distance(weights, expected, start) <= tolerance([spec], plain_precision)
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=[f"{a.name}+{b.name}" for a, b in PAIRS])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from floatline.errors import ConfigError
-from floatline.step.exchange import share_out, with_some_target
+from floatline.step.exchange import _kind, share_out, with_some_target
 from floatline.techniques import OneRank
 
 
@@ -58,8 +58,15 @@ def test_a_batch_without_targets_gets_some():
     assert with_some_target(soft) is soft
 
 
+def test_what_makes_micro_batches_alike():
+    ids = torch.ones(2, 3)
+    plain = _kind({"input_ids": ids, "pixel_values": None})
+    assert plain == _kind({"input_ids": ids, "position_ids": ids}) == ["input_ids"]
+    assert plain != _kind({"input_ids": ids, "pixel_values": ids})
+
+
 def test_bad_input():
-    with pytest.raises(ConfigError, match="at least one micro-batch on every rank, one has none"):
+    with pytest.raises(ConfigError, match="at least one micro-batch on every rank, one has none\nhint: share out"):
         share_out(batches(1), [1], Scripted((0, 0)))
 
     class OtherKind(Scripted):

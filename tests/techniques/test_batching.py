@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import floatline as fl
 from floatline.errors import ConfigError, DataError
-from floatline.techniques import Batching, Stack
+from floatline.techniques import Batching, Packing, Stack, fake_ranks
 from floatline.techniques.base import hardware_of
 
 
@@ -117,6 +117,16 @@ def test_with_accumulation_in_any_order(zoo):
             parts, step = run(zoo["gpt2"], order, batch)
             torch.testing.assert_close(parts.loss, whole.loss, rtol=2e-6, atol=1e-6)
             assert [technique.name for technique in step.stack.techniques] == ["accumulation", "batching"]
+
+
+def test_ranks_that_nobody_evens_out_are_refused(zoo):
+    model, batch = zoo["gpt2"].build(), zoo["gpt2"].batch(0)
+    with fake_ranks(2):
+        for technique in (Batching(max_tokens=14), Packing(max_tokens=14)):
+            split = technique.apply(copy.deepcopy(model)).split
+            with pytest.raises(ConfigError, match=rf"{technique.name}.max_tokens .* would hang\nhint: add sharding"):
+                split(batch)
+        assert len(split_of(copy.deepcopy(model), max_tokens=None)(batch)) == 1
 
 
 def test_it_counts_the_padding(zoo):

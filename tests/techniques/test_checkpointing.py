@@ -12,6 +12,7 @@ import floatline as fl
 from floatline.errors import ConfigError, FloatlineWarning
 from floatline.observe.allocations import record_allocations
 from floatline.techniques import Checkpointing
+from floatline.techniques.checkpointing import _without_cache
 from floatline.techniques.layers import repeated_layers
 
 
@@ -84,6 +85,30 @@ def test_layers_of_hugging_face_models_are_their_own(zoo):
                      "model.language_model.layers.1"]  # fmt: skip
     applied = Checkpointing(every=2).apply(zoo["qwen3_vl"].build())
     assert applied.touched == ("model.visual.blocks.0", "model.language_model.layers.0")
+
+
+def test_lists_of_lists_are_looked_into():
+    """A list has no forward: wrapping it would recompute nothing."""
+
+    class Stage(nn.ModuleList):
+        pass
+
+    def block():
+        return nn.TransformerEncoderLayer(4, 1, 4)
+
+    model = nn.ModuleList([Stage([block(), block()]), Stage([block(), block()])])
+    assert list(repeated_layers(model)) == ["0.0", "0.1", "1.0", "1.1"]
+
+
+def test_caches_are_taken_out_wherever_they_are():
+    from transformers import DynamicCache
+
+    cache, x = DynamicCache(), torch.ones(1)
+    args, kwargs = _without_cache(((x, [cache, x]), {"past": {"key": cache}, "use_cache": True, "mask": None}))
+    assert args[0] is x and args[1] == [None, x]
+    assert kwargs == {"past": {"key": None}, "use_cache": False, "mask": None}
+    args, kwargs = _without_cache(((x,), {"y": (x, None), "use_cache": True}))
+    assert args[0] is x and kwargs["y"][0] is x and kwargs["use_cache"] is False
 
 
 def test_a_cache_is_not_filled_twice(zoo):

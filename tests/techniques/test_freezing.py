@@ -189,6 +189,9 @@ def test_bad_input(zoo):
         ConfigError, match=r"freezing.keep: 'model.visual.mergr' .*\nhint: near names: .*model.visual.merger"
     ):
         Freezing(modules=("model.visual",), keep=("model.visual.mergr",)).apply(model)
+    outside = r"freezing.keep: 'lm_head' names nothing that freezing.modules \(model.visual\) names\nhint: drop it"
+    with pytest.raises(ConfigError, match=outside):
+        Freezing(modules=("model.visual",), keep=("model.visual.merger", "lm_head")).apply(model)
     with pytest.raises(ConfigError, match=r"near names: .*model.language_model.norm.weight"):
         Freezing(modules=("model.language_model.norm.wieght",)).apply(model)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -55,8 +55,9 @@ def one_group_a_test():
     leave_ranks()
 
 
-SAME = ["gpt2", "qwen3_vl", "tied", "mlp", "gpt2 accumulated", "gpt2 uneven", "gpt2 without targets", "qwen3_vl kept",
-        "qwen3_vl layers", "untied", "untied accumulated", "untied chunked", "untied recomputed"]  # fmt: skip
+SAME = ["gpt2", "qwen3_vl", "tied", "mlp", "gpt2 accumulated", "gpt2 batched", "gpt2 packed", "gpt2 uneven",
+        "gpt2 without targets", "qwen3_vl kept", "qwen3_vl layers", "untied", "untied accumulated", "untied chunked",
+        "untied recomputed"]  # fmt: skip
 NEAR = {"gpt2 bf16-mixed": 2e-2, "gpt2 bf16 in fp32": 2e-2, "qwen3_vl bf16-mixed": 2e-2, "gpt2 island": 2e-2,
         "qwen3_vl island": 2e-2, "gpt2 bf16-true": 2e-2, "gpt2 16-mixed": 2e-3, "gpt2 16-true": 2e-3,
         "untied bf16-mixed": 2e-2}  # fmt: skip
@@ -302,6 +303,62 @@ def test_bad_input(zoo):
     Sharding().apply(model)
     with pytest.raises(ConfigError, match="already applied"):
         Sharding().apply(model)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["before", "forward", "backward"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["first update", "later"])
+def test_an_exception_in_an_update_leaves_nothing_to_the_next(zoo, where, seed):
+    """FSDP2 would go on believing that it is in that forward or backward, with the gradients of a part of it."""
+    case, results = zoo["gpt2"], []
+    for fails in (False, True):
+        model = case.build()
+        step = fl.TrainStep(model, torch.optim.AdamW, precision="32-true", loss=case.loss, techniques=["sharding"])
+        if seed:
+            step(case.batch(0))
+        if fails:
+            layer, before = model.transformer.h[1], step.loss
+            if where == "before":
+                step.loss = interrupt
+            elif where == "forward":
+                handle = layer.mlp.register_forward_hook(interrupt)
+            else:
+                handle = layer.register_forward_hook(lambda *given: given[-1].register_hook(interrupt) and None)
+            with pytest.raises(KeyboardInterrupt):
+                step(case.batch(7))
+            step.loss = before
+            if where != "before":
+                handle.remove()
+        output = step(case.batch(1))
+        step.undo()
+        results.append([float(output.loss), float(output.grad_norm), [p.detach().clone() for p in model.parameters()]])
+    (loss, norm, plain), (other_loss, other_norm, torn) = results
+    assert (loss, norm) == (other_loss, other_norm)
+    assert all(map(torch.equal, plain, torn))
+
+
+def test_an_older_torch_cannot_go_on_after_an_exception_in_a_backward(zoo, monkeypatch):
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+    case = zoo["gpt2"]
+    model = case.build()
+    step = fl.TrainStep(model, torch.optim.AdamW, precision="32-true", loss=case.loss, techniques=["sharding"])
+    good, step.loss = step.loss, interrupt
+    with pytest.raises(KeyboardInterrupt):
+        step(case.batch(0))
+    step.loss = good
+    assert bool(step(case.batch(0)).applied)
+    handle = model.transformer.h[1].register_forward_hook(lambda *given: given[-1].register_hook(interrupt) and None)
+    with pytest.raises(KeyboardInterrupt):
+        step(case.batch(0))
+    handle.remove()
+    for call in (step, step.warm_up):
+        with pytest.raises(ConfigError, match=r"ended an earlier update, .* not recovered.*\nhint: make model"):
+            call(case.batch(0))
 
 
 def test_cpu_offload_on_a_cpu_says_so(zoo):

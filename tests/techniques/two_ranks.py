@@ -93,6 +93,8 @@ SAME = {
     "tied": lambda r, n: train(r, n, "tied"),
     "mlp": lambda r, n: train(r, n, "mlp"),
     "gpt2 accumulated": lambda r, n: train(r, n, "gpt2", techniques=("sharding", "accumulation(micro_batches=2)")),
+    "gpt2 batched": lambda r, n: train(r, n, "gpt2", techniques=("sharding", "batching(max_tokens=14)")),
+    "gpt2 packed": lambda r, n: train(r, n, "gpt2", techniques=("sharding", "packing(max_tokens=14)")),
     "gpt2 uneven": lambda r, n: train(r, n, "gpt2", edit=uneven_targets),
     "gpt2 without targets": lambda r, n: train(r, n, "gpt2", edit=no_targets_in_the_second_half),
     "qwen3_vl kept": lambda r, n: train(r, n, "qwen3_vl", techniques=("sharding(reshard_after_forward=False)",)),

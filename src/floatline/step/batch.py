@@ -30,7 +30,11 @@ IGNORED = -100
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Run `model` on a batch: dict as keywords, tuple as positions, a tensor as the one argument."""
+    """Run `model` on a batch: dict as keywords, tuple as positions, a tensor as the one argument.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
     if isinstance(batch, dict):
         return model(**batch)
     if isinstance(batch, tuple):

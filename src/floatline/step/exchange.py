@@ -38,7 +38,10 @@ def share_out(micro_batches: Sequence[Batch], counts: Sequence[Any], ranks: OneR
     numbers, totals, digests = zip(*told, strict=True)
     number, total = int(max(numbers)), sum(totals)
     if min(numbers) == 0:
-        raise ConfigError("an update needs at least one micro-batch on every rank, one has none")
+        raise ConfigError(
+            "an update needs at least one micro-batch on every rank, one has none",
+            hint="share out samples so that every rank gets some; a micro-batch whose labels are all -100 will do",
+        )
     filled = [*micro_batches, *[micro_batches[-1]] * (number - len(micro_batches))]
     if min(numbers) < number:  # the repeated ones count as well
         kinds += [kinds[-1]] * (number - len(kinds))
@@ -74,7 +77,11 @@ def _digest(kinds: list[list[str]]) -> int:
 
 
 def _kind(batch: Batch) -> list[str]:
-    """Return the names of what is in a batch: they decide which modules run."""
+    """Return the names of what is in a batch: they decide which modules run.
+
+    Positions do not: a token budget writes them into micro-batches whose padding it cut off on the left, no others.
+    """
     if not isinstance(batch, Mapping) and not hasattr(batch, "items"):
         return [type(batch).__name__]
-    return sorted(str(key) for key, value in dict(batch.items()).items() if value is not None)
+    found = {str(key) for key, value in dict(batch.items()).items() if value is not None}
+    return sorted(found - {"position_ids"})

@@ -10,7 +10,9 @@ A gradient that overflows under loss scaling is routine: the update is skipped, 
 non-finite loss, or a non-finite gradient without loss scaling, is a fault. Both are counted; too many in a row stop
 the run.
 
-Not covered yet: buffers that a condemned forward has changed, agreement between ranks, rollback and healing.
+Of several ranks all judge the same numbers, the loss and norm of all data, so all of them skip an update or none.
+
+Not covered yet: buffers that a condemned forward has changed, rollback and healing.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from floatline.step.guard import Guard, Sentinel
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.step.undisturbed import undisturbed
 from floatline.techniques import Stack, Technique
-from floatline.techniques.distributed.shards import laid_out_like
+from floatline.techniques.distributed.shards import forget_iteration, laid_out_like
 
 
 class Schedule(Protocol):
@@ -144,6 +144,7 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm
         self.count = count or (lambda batch: target_count(model, batch))
         self.updates = 0
+        self._torn = False
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.stack = Stack(techniques)
         hardware = detect() if self.device.type == "cuda" else resolve_hardware("cpu")
@@ -197,7 +198,8 @@ class TrainStep:
         Raises:
             NonFiniteError: The guard's limit of skipped updates in a row is reached. The weights are untouched.
             ModelError: The model returns no scalar loss.
-            ConfigError: Several micro-batches, where the update happens in the backward.
+            ConfigError: No micro-batch; several, where the update happens in the backward; ranks with batches of
+                different kinds; or, before torch 2.13, a sharded model whose backward an exception has ended.
         """
         micro_batches = batch if isinstance(batch, list) else self.stack.split(batch)
         if self._in_backward and len(micro_batches) > 1:
@@ -205,12 +207,7 @@ class TrainStep:
                 f"{len(micro_batches)} micro-batches, but the optimizer steps in the backward of each",
                 hint="give one batch an update, or drop optimizer_in_backward",
             )
-        try:
-            loss = self._accumulate(micro_batches)
-        except BaseException:  # half an accumulation must not be in the next update
-            self.model.zero_grad(set_to_none=True)
-            self.optimizer.zero_grad(set_to_none=True)  # of shards: the model may show them gathered just now
-            raise
+        loss = self._accumulate_or_forget(micro_batches)
         self.masters.pull_gradients()
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -245,8 +242,24 @@ class TrainStep:
                 hint="leave the warm-up out, the first update compiles",
             )
         with undisturbed(self.model):
-            self._accumulate(batch if isinstance(batch, list) else self.stack.split(batch))
+            self._accumulate_or_forget(batch if isinstance(batch, list) else self.stack.split(batch))
         return self.stack.facts()
+
+    def _accumulate_or_forget(self, micro_batches: list[Batch]) -> torch.Tensor:
+        """Accumulate all of an update's gradients; after an exception none is left for the next update to find."""
+        if self._torn:
+            raise ConfigError(
+                f"an exception has ended an earlier update, from which FSDP2 of torch {torch.__version__} has not "
+                "recovered: it would reduce no gradients any more",
+                hint="make model and step anew and load the newest checkpoint; torch 2.13 and newer recover",
+            )
+        try:
+            return self._accumulate(micro_batches)
+        except BaseException:
+            self.model.zero_grad(set_to_none=True)  # of shards: those that are gathered just now
+            self._torn = self.stack.find("sharding") is not None and not forget_iteration(self.model)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
 
     def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Forward and backward of each micro-batch; returns the weighted loss."""
@@ -262,7 +275,9 @@ class TrainStep:
                 self.scaling.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         if total is None:
-            raise ConfigError("an update needs at least one micro-batch, the list is empty")
+            raise ConfigError(
+                "an update needs at least one micro-batch, the list is empty", hint="leave out updates without data"
+            )
         return self.ranks.sum(total) / self.ranks.size if self.ranks.size > 1 else total
 
     def _weighted(self, micro_batches: list[Batch]) -> list[tuple[Batch, Any]]:

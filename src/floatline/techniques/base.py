@@ -129,7 +129,11 @@ class Technique:
         return ConfigError(f"{self.name}.{setting} is {getattr(self, setting)!r}", hint=hint)
 
     def at_least(self, setting: str, smallest: float) -> None:
-        """Raise unless a setting is None or at least `smallest`."""
+        """Raise unless a setting is None or at least `smallest`.
+
+        Raises:
+            ConfigError: It is smaller, or not a number.
+        """
         value = getattr(self, setting)
         if value is not None and not value >= smallest:
             raise self.bad(setting, f"give {smallest} or more")

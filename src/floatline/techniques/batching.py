@@ -28,7 +28,7 @@ from torch import nn
 from floatline.errors import ConfigError, DataError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
-from floatline.techniques.base import Applied, Stage, Technique
+from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.batches.buckets import cut_by_tokens
 from floatline.techniques.batches.rows import coupled_rows, cut_rows
 from floatline.techniques.batches.tokens import PaddingCounter, spans, token_aligned, token_mask
@@ -77,7 +77,7 @@ class Batching(Technique):
             mask = token_mask(batch, self.name)
             first, last = spans(mask)
             groups = self._groups(first, last, mask.shape[1])
-            refuse_ranks(self.name, self.max_tokens)
+            refuse_ranks(model, self.name, self.max_tokens)
             parts = [_part(model, dict(batch.items()), rows, first, last, mask.shape) for rows in groups]
             counter.add(int(mask.sum()), mask.numel(), sum(part["input_ids"].numel() for part in parts))
             return parts
@@ -132,18 +132,27 @@ def _counts_columns(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules())
 
 
-def refuse_ranks(technique: str, max_tokens: int | None) -> None:
-    """Raise where several ranks would each cut their own batch: they need not get the same number of micro-batches.
+def refuse_ranks(model: nn.Module, technique: str, max_tokens: int | None) -> None:
+    """Raise where several ranks would each cut their own batch, and nobody evens out their numbers of micro-batches.
+
+    Under `sharding` the step does (step/exchange.py); other ways to train on several ranks (DistributedDataParallel)
+    wait in each backward for a rank that has none.
+
+    Args:
+        model: What it is applied to.
+        technique: Its name, for the error.
+        max_tokens: Its budget; None cuts nothing.
 
     Raises:
-        ConfigError: There are several ranks, and a budget.
+        ConfigError: There are several ranks and a budget, but no `sharding`.
     """
     distributed = torch.distributed
     if max_tokens is None or not distributed.is_available() or not distributed.is_initialized():
         return
-    if distributed.get_world_size() > 1:
+    if distributed.get_world_size() > 1 and "sharding" not in getattr(model, MARK, {}):
         raise ConfigError(
             f"{technique}.max_tokens would cut each rank's batch into another number of micro-batches, "
             "and ranks that wait for each other would hang",
-            hint="hand each step a list of micro-batches, as floatline train and TokenBudgetSampler(ranks=...) do",
+            hint="add sharding, whose step evens them out; or hand each step as long a list of micro-batches as "
+            "TokenBudgetSampler(ranks=...) draws",
         )

@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -228,12 +228,25 @@ def _recomputed(
 
 def _without_cache(tree: Any) -> Any:
     """Replace key-value caches by None and switch `use_cache` off."""
-    args, kwargs = tree_map(
-        lambda leaf: None if _is_cache(leaf) else leaf, tree, is_leaf=lambda leaf: _is_cache(leaf) or leaf is None
-    )
+    if _holds_cache(tree):  # asked first, for mapping a tree takes as long as all else that a layer's call costs here
+        tree = tree_map(
+            lambda leaf: None if _is_cache(leaf) else leaf, tree, is_leaf=lambda leaf: _is_cache(leaf) or leaf is None
+        )
+    args, kwargs = tree
     return args, {key: False if key == "use_cache" else value for key, value in kwargs.items()}
 
 
+def _holds_cache(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_holds_cache, value))
+    return any(map(_holds_cache, value.values())) if isinstance(value, dict) else _is_cache(value)
+
+
 def _is_cache(value: Any) -> bool:
-    """Say whether a value is a transformers cache, without importing transformers."""
-    return any(base.__name__ == "Cache" and base.__module__.startswith("transformers") for base in type(value).__mro__)
+    return _is_cache_kind(type(value))  # type: ignore[arg-type]  # a class is hashable
+
+
+@cache
+def _is_cache_kind(kind: type) -> bool:
+    """Say whether a class is transformers' cache or one of its kin, without importing transformers."""
+    return any(base.__name__ == "Cache" and base.__module__.startswith("transformers") for base in kind.__mro__)

@@ -70,11 +70,23 @@ class Freezing(Technique):
         """Return the parameters that are frozen, by dotted name.
 
         Raises:
-            ConfigError: A pattern matches nothing; near names are listed.
+            ConfigError: A pattern matches nothing (near names are listed), or `keep` names what `modules` does not.
         """
         chosen = select_parameters(model, self.modules, setting="freezing.modules")
-        kept = {id(p) for p in select_parameters(model, self.keep, setting="freezing.keep").values()}
+        kept = self._kept(model, {id(parameter) for parameter in chosen.values()})
         return {name: parameter for name, parameter in chosen.items() if id(parameter) not in kept}
+
+    def _kept(self, model: nn.Module, chosen: set[int]) -> set[int]:
+        kept: set[int] = set()
+        for pattern in self.keep:
+            found = {id(p) for p in select_parameters(model, (pattern,), setting="freezing.keep").values()}
+            if not found & chosen:
+                raise ConfigError(
+                    f"freezing.keep: {pattern!r} names nothing that freezing.modules ({', '.join(self.modules)}) names",
+                    hint="drop it: what freezing.modules does not name stays as it is",
+                )
+            kept |= found
+        return kept
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         chosen = self.names(model)

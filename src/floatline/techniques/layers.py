@@ -36,7 +36,7 @@ def _children_of_lists(model: nn.Module) -> dict[str, nn.Module]:
         children = {f"{name}.{key}".lstrip("."): child for key, child in module.named_children()}
         weighty = {key: child for key, child in children.items() if next(child.parameters(), None) is not None}
         counts = Counter(type(child) for child in weighty.values())
-        repeated = {kind for kind, count in counts.items() if count > 1 and not _is_one_op(kind)}
+        repeated = {kind for kind, count in counts.items() if count > 1 and not _is_one_op(kind) and _is_called(kind)}
         found.update({key: child for key, child in weighty.items() if type(child) in repeated})
     return found
 
@@ -47,6 +47,11 @@ def _is_one_op(kind: type[nn.Module]) -> bool:
         kind,
         nn.Sequential | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.RNNBase | nn.MultiheadAttention,
     )
+
+
+def _is_called(kind: type[nn.Module]) -> bool:
+    """Say whether a class has a forward; lists and other containers have none, what is in them is called."""
+    return kind.forward is not nn.Module.forward
 
 
 def _inside(name: str, found: dict[str, nn.Module]) -> bool:
@@ -82,7 +87,7 @@ def chosen_layers(model: nn.Module, patterns: tuple[str, ...], *, setting: str) 
                 f"{setting}: {pattern!r} matches no module of {type(model).__name__}",
                 hint=f"near names: {', '.join(near)}" if near else "list the names with model.named_modules()",
             )
-        called = {name: module for name, module in matched.items() if type(module).forward is not nn.Module.forward}
+        called = {name: module for name, module in matched.items() if _is_called(type(module))}
         if not called:
             name, module = next(iter(matched.items()))
             raise ConfigError(

@@ -189,6 +189,11 @@ class DiskStash(Stash):
         self._end = 0
 
     def put(self, entry: Stashed, tensor: torch.Tensor) -> int:
+        """Write a tensor into the file; returns where it begins.
+
+        Raises:
+            MemoryExceededError: The disk is full or cannot be written.
+        """
         flat = _flat_on_host(tensor, entry)
         offset = self._end
         try:

@@ -74,7 +74,7 @@ class Packing(Technique):
 
         def split(batch: Any) -> list[Any]:
             mask = token_mask(batch, self.name)
-            refuse_ranks(self.name, self.max_tokens)
+            refuse_ranks(model, self.name, self.max_tokens)
             rows = pack(model, dict(batch.items()), mask, self.max_tokens)
             tokens = int(mask.sum())
             counter.add(tokens, mask.numel(), tokens)

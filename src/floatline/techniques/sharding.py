@@ -25,7 +25,8 @@ Modules that a precision rule keeps in another format, and batch norms, are gath
 One process without torchrun makes a group of one, so that a sharded run can be resumed anywhere.
 
 Not covered: `copy.deepcopy` of a sharded model (torch refuses it); hybrid sharding; ranks whose batches run different
-modules (one has images, another none), which the step refuses, for their collectives would not meet.
+modules (one has images, another none), which the step refuses, for their collectives would not meet; before torch 2.13,
+another update after an exception inside a backward.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
 from floatline.precision import Policy
@@ -68,7 +68,7 @@ class Sharding(Technique):
         cpu_offload: Keep shards, gradients and optimizer state in host memory; the update is made there.
 
     Raises:
-        ConfigError: A setting of the wrong type.
+        ConfigError: A setting of the wrong type; when applied, a pattern of `layers` that matches nothing.
     """
 
     name = "sharding"
@@ -100,7 +100,6 @@ class Sharding(Technique):
         device_type = next((p.device.type for p in model.parameters()), "cpu")
         ranks = join_ranks(device_type)
         layers = chosen_layers(model, self.layers, setting="sharding.layers")
-        _refuse_lists(layers)
         islands = _islands(model, policy)
         units, notes = plan_units(model, layers, {name: dict(model.named_modules())[name] for name in islands})
         units += [] if self.layers else end_units(model, units)
@@ -126,15 +125,6 @@ def _islands(model: nn.Module, policy: Policy) -> dict[str, torch.dtype]:
     islands = {name: DTYPES[RULE_FORMATS[rule]] for name, rule in match_rules(model, policy).items()}
     norms = {name: torch.float32 for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)}
     return {**norms, **islands}
-
-
-def _refuse_lists(layers: dict[str, nn.Module]) -> None:
-    for name, module in layers.items():
-        if type(module).forward is nn.Module.forward:
-            raise ConfigError(
-                f"sharding.layers: {name} is a {type(module).__name__} that is never called itself",
-                hint=f"name what is in it: {name}.*",
-            )
 
 
 def _batch_norm_note(model: nn.Module, ranks: RankGroup) -> list[str]:

@@ -152,7 +152,8 @@ def cut_by_tokens(indices: Iterable[int], lengths: Sequence[int], max_tokens: in
 def split_to_multiple(groups: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
     """Split the largest micro-batches until their number is a multiple of `ranks`, so that every rank has as many.
 
-    Ranks that share a model wait for each other in every forward; one with a micro-batch less would never come.
+    Ranks that share a model wait for each other in every forward; one with a micro-batch less would have to run one for
+    nothing (step/exchange.py).
 
     Raises:
         DataError: There are not enough samples.

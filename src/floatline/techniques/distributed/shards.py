@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -177,6 +178,32 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def forget_iteration(model: nn.Module) -> bool:
+    """Bring a sharded model to rest after an exception has ended its forward or backward.
+
+    Weights are put away and FSDP's marks of where it was are cleared; gradients are the caller's to drop. Before torch
+    2.13 (`reset_iter_state`) FSDP2 believes for ever that it is in a backward that was ended, and reduces no gradient.
+
+    Returns:
+        Whether the model can be trained on. Nothing can be done about a broken connection either.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        return True
+    state: Any = model._get_fsdp_state()
+    if state._is_root is None:  # nothing has run yet, and torch has not made what it would clear
+        return True
+    reset = getattr(model, "reset_iter_state", None)
+    if reset is None:
+        return not state._state_ctx.post_backward_final_callback_queued
+    try:
+        reset()
+    except RuntimeError:  # of the collectives that were under way; the exception that is being handled tells more
+        return False
+    return True
 
 
 def local_bytes(model: nn.Module) -> int:

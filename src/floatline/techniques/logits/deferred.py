@@ -4,7 +4,7 @@
 
     recorded      casts, and arithmetic with scalars (temperature, soft-capping by tanh, a bias over the vocabulary);
                   views, flattening and indexing of the leading dimensions (recipe.py)
-    intercepted   `F.cross_entropy`, which goes through the rows in chunks (`chunked_cross_entropy.py`)
+    intercepted   `F.cross_entropy`, which goes through the rows in chunks (cross_entropy.py)
     all others    the logits are computed whole after all, once, and the op runs on them; gradients flow as ever
 
 The tensor is the output of an autograd function, so that code which never asks `__torch_function__` (an autograd

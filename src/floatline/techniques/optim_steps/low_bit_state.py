@@ -74,6 +74,7 @@ def decode(value: Any) -> Any:
 
 
 def is_encoded(value: Any) -> bool:
+    """Say whether a state value is a dict that `encode` made."""
     return isinstance(value, dict) and KIND in value
 
 

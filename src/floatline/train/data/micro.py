@@ -19,8 +19,8 @@ class MicroBatches:
     Args:
         collate: Makes one batch of samples.
         size: Samples per micro-batch; None where `max_tokens` says how many.
-        max_tokens: Most padded tokens (rows times width, as `collate` pads) per micro-batch. For one rank: several must
-            agree on the number of micro-batches, so `make_loader(bucketing=...)` cuts by known lengths instead.
+        max_tokens: Most padded tokens (rows times width, as `collate` pads) per micro-batch. For one rank: of
+            several each would find its own number of micro-batches, `make_loader(bucketing=...)` gives all as many.
 
     Returns a batch where one micro-batch holds all samples, else a list of batches, as `TrainStep` takes them. Samples
     of like length are put together, which saves padding and changes nothing else: micro-batches weigh by their targets.

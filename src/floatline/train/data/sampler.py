@@ -4,7 +4,8 @@ So a position in the data is two numbers, epoch and samples drawn, and resuming 
 replaying random numbers. The epoch advances when an iterator has been exhausted; an iterator that is left early starts
 its epoch again.
 
-With lengths, the order is that of length bucketing (techniques/buckets.py): samples of like length lie in one update.
+With lengths, the order is that of length bucketing (techniques/batches/buckets.py): samples of like length lie in one
+update.
 
 Several ranks draw the same order and share each update. A position counts all ranks' samples, so that a run may go on
 with another number of ranks.
