@@ -55,6 +55,10 @@ def check_same(specs, case, precision, plain):
         assert distance(result.gradients, expected.gradients, {}) <= 3 * allowed
     if not any(spec.approximate_state for spec in specs):
         assert distance(result.moments, expected.moments, {}) <= 3 * allowed
+    for technique in step.stack.techniques:
+        if technique.name != "precision":  # the step applies its policy itself
+            with pytest.raises(ConfigError, match=f"{technique.name} is already applied"):
+                technique.apply(step.model)
     losses = {str(i): loss for i, loss in enumerate(result.losses)}
     assert distance(losses, {str(i): loss for i, loss in enumerate(expected.losses)}, {}) <= 3 * allowed
     check_undone(step, case, result)
@@ -187,6 +191,11 @@ def test_pairs(one, other, zoo, plain):
         return
     for name in sorted(one.models & other.models):
         check_same([one, other], zoo[name], "32-true", plain)
+    if "precision" in (one.name, other.name):
+        return
+    for precision in ("bf16-mixed", "16-mixed"):
+        if precision in one.precisions and precision in other.precisions:
+            check_same([one, other], zoo["gpt2"], precision, plain)
 
 
 def test_the_comparison_can_fail(zoo, plain):

@@ -33,10 +33,12 @@ from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
 from floatline.step.exchange import share_out
 from floatline.step.guard import Guard, Sentinel
+from floatline.step.norm import total_norm
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.step.undisturbed import undisturbed
 from floatline.techniques import Stack, Technique
 from floatline.techniques.distributed.shards import forget_iteration, laid_out_like
+from floatline.techniques.precision import asked_precision
 
 
 class Schedule(Protocol):
@@ -62,33 +64,6 @@ class StepOutput:
     loss: torch.Tensor
     grad_norm: torch.Tensor
     applied: torch.Tensor
-
-
-def total_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm over all gradients together, 0-d fp32; `get_total_norm` would round it to a half format.
-
-    Raises:
-        ConfigError: No parameter has a gradient.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        raise ConfigError(
-            "no gradient reached any parameter of the optimizer", hint="pass it the parameters that the loss depends on"
-        )
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    return total.full_tensor() if hasattr(total, "full_tensor") else total  # of shards: summed over the ranks
-
-
-def _one_precision(precision: str | Policy, stack: Stack) -> str | Policy:
-    """Return the precision asked for: of the step, or of its precision technique."""
-    technique = stack.find("precision")
-    if technique is None:
-        return precision
-    asked: str = technique.policy  # type: ignore[attr-defined]
-    if str(precision) not in ("auto", asked):
-        raise ConfigError(f"precision is {precision} and {technique}", hint="give one of them")
-    return asked
 
 
 def _is_zero(count: Any) -> bool:
@@ -148,7 +123,7 @@ class TrainStep:
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.stack = Stack(techniques)
         hardware = detect() if self.device.type == "cuda" else resolve_hardware("cpu")
-        choice = resolve_precision(_one_precision(precision, self.stack), hardware)
+        choice = resolve_precision(asked_precision(precision, self.stack.find("precision")), hardware)
         self.policy, self.precision_reason = choice.policy, choice.reason
         self.stack.refuse(self.policy, max_grad_norm)
         names = names_of(model)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.hardware.legality import Verdict
-from floatline.precision import apply_precision
+from floatline.precision import Policy, apply_precision
 from floatline.precision import resolve as resolve_precision
 from floatline.techniques.base import Applied, Stage, Technique
 
@@ -45,3 +46,16 @@ class MixedPrecision(Technique):
             notes=(f"{choice.policy}: {choice.reason}",),
             around=applied.autocast,
         )
+
+
+def asked_precision(precision: str | Policy, technique: Technique | None) -> str | Policy:
+    """Return the precision asked for: of the step, or of its precision technique.
+
+    Raises:
+        ConfigError: Both are given, and differ.
+    """
+    if not isinstance(technique, MixedPrecision):
+        return precision
+    if str(precision) not in ("auto", technique.policy):
+        raise ConfigError(f"precision is {precision} and {technique}", hint="give one of them")
+    return technique.policy

@@ -90,12 +90,13 @@ def base_of(model: nn.Module) -> str:
 
 def _refuse_moving_statistics(model: nn.Module, stack: Stack) -> None:
     """Raise if running statistics move that the adapters' files do not hold."""
-    freezing: Any = stack.find("freezing")
-    still = freezing.names(model).keys() if freezing and freezing.batch_norm == "eval" else ()
+    freezing: Any = next((applied for applied in stack.applied if applied.technique.name == "freezing"), None)
+    still = freezing.touched if freezing and freezing.technique.batch_norm == "eval" else ()
     held = adapter_state(model)
     for name, module in model.named_modules():
         moves = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        if moves and f"{name}.weight" not in still and f"base_model.model.{name}.running_mean" not in held:
+        frozen = any(name == tower or name.startswith(f"{tower}.") for tower in still)
+        if moves and not frozen and f"base_model.model.{name}.running_mean" not in held:
             raise ConfigError(
                 f"{name} is a batch norm whose running statistics change in training; adapters do not hold them",
                 hint=f"name it in techniques.lora.train_also, or in techniques.freezing.modules: {name}",
