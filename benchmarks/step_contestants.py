@@ -211,6 +211,7 @@ def full_loop(clock: Clock, folder: Path) -> None:
     from rich.console import Console
 
     from floatline import Guard, TrainStep
+    from floatline.techniques import OneRank
     from floatline.train.data import Collator, make_loader
     from floatline.train.loop import Loop
     from floatline.train.manifest import Manifest
@@ -238,9 +239,21 @@ def full_loop(clock: Clock, folder: Path) -> None:
     )
     data: Any = Sequences()
     loader = make_loader(data, batch_size=BATCH, collate=clock.watch(Collator(pad_token_id=0)))
-    unused: Any = None  # a processor and an evaluator
+    unused: Any = None  # processor, evaluator, and how weights are written
     with RunDirectory(recipe.run.dir) as rundir:
-        run = Run(rundir, Manifest(rundir), recipe, unused, {"train": data}, loader, step, unused, None)
+        run = Run(
+            rundir=rundir,
+            manifest=Manifest(rundir),
+            recipe=recipe,
+            processor=unused,
+            datasets={"train": data},
+            loader=loader,
+            step=step,
+            evaluator=unused,
+            weights=unused,
+            ranks=OneRank(),
+            state=None,
+        )
         Loop(run, Console(stderr=True, force_terminal=True)).run()
 
 
