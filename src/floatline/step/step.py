@@ -19,8 +19,6 @@ import torch
 from torch import nn
 
 from floatline.errors import ConfigError
-from floatline.hardware import detect
-from floatline.hardware.detect import resolve as resolve_hardware
 from floatline.precision import (
     LossScaling,
     MasterWeights,
@@ -37,6 +35,7 @@ from floatline.step.norm import total_norm
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.step.undisturbed import undisturbed
 from floatline.techniques import Stack, Technique
+from floatline.techniques.base import hardware_of
 from floatline.techniques.distributed.shards import forget_iteration, laid_out_like
 from floatline.techniques.precision import asked_precision
 
@@ -122,7 +121,7 @@ class TrainStep:
         self._torn = False
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.stack = Stack(techniques)
-        hardware = detect() if self.device.type == "cuda" else resolve_hardware("cpu")
+        hardware = hardware_of(model)
         choice = resolve_precision(asked_precision(precision, self.stack.find("precision")), hardware)
         self.policy, self.precision_reason = choice.policy, choice.reason
         self.stack.refuse(self.policy, max_grad_norm)
