@@ -22,6 +22,9 @@ from torch import nn
 
 from floatline.errors import ConfigError, ModelError
 from floatline.precision.islands import DTYPES
+from floatline.techniques.optim_steps.low_bit_state import quiet_torchao
+
+quiet_torchao()  # here and not later: worker processes unpickle a processor, which imports transformers
 
 
 def has_torchvision() -> bool:
@@ -66,8 +69,16 @@ def image_only(processor_class: type) -> type:
                 return type(None)
             return super().check_argument_for_proper_class(argument_name, argument)
 
+        def __reduce__(self) -> tuple[Any, ...]:  # the class is found by no name, and worker processes need a copy
+            return _blank_image_only, (processor_class,), self.__dict__
+
     ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__
     return ImageOnly
+
+
+def _blank_image_only(processor_class: type) -> Any:
+    made: Any = image_only(processor_class)
+    return made.__new__(made)
 
 
 def load_processor(path: str) -> Any:

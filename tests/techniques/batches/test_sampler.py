@@ -181,7 +181,11 @@ def test_in_the_loaders_of_others(workers):
 
     def loader():
         return StatefulDataLoader(
-            list(range(40)), batch_sampler=sampler_of(lengths), collate_fn=list, num_workers=workers
+            list(range(40)),
+            batch_sampler=sampler_of(lengths),
+            collate_fn=list,
+            num_workers=workers,
+            multiprocessing_context="forkserver" if workers else None,
         )
 
     whole = list(loader())

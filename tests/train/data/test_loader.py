@@ -107,6 +107,28 @@ def test_resuming_twice_equals_not_stopping(workers):
     assert first + second + third == WHOLE[11, False]
 
 
+def test_workers_are_not_forks_of_the_training_process():
+    context = loader_of(num_workers=2).multiprocessing_context
+    assert context.get_start_method() == "forkserver"
+
+
+def test_workers_end_with_a_killed_run():
+    code = (
+        "import os; from floatline.train.data import make_loader\n"
+        "loader = make_loader(range(11), batch_size=3, collate=list, num_workers=2)\n"
+        "next(iter(loader)); os.kill(os.getpid(), 9)"
+    )
+    # The workers hold the pipe too: its end comes when the last one is gone.
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert out.returncode == -9
+
+
+def test_what_cannot_be_sent_to_workers_is_named():
+    loader = loader_of(num_workers=2, collate=lambda samples: samples)
+    with pytest.raises(ConfigError, match=r"2 worker processes: .*lambda.*(\n|.)*num_workers=0"):
+        next(iter(loader))
+
+
 def test_a_new_process_draws_the_same_order(tmp_path):
     code = (
         "import sys, torch; from floatline.train.data import make_loader\n"

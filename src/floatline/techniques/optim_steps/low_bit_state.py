@@ -8,6 +8,7 @@ which `decode` makes whole again bit for bit, and `plain_state` turns into fp32 
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -19,12 +20,24 @@ KIND = "low_bit"
 INSTALL = 'pip install "floatline[techniques]"'
 
 
+@cache
+def quiet_torchao() -> None:
+    """Let torchao be imported (transformers does so too, where it is installed) without its talk of CUDA libraries.
+
+    It warns of each compiled extension that this build of torch cannot load and of none that is used here, and torch
+    of how torchao registers two enums.
+    """
+    logging.getLogger("torchao").addFilter(lambda record: not record.getMessage().startswith("Failed to load"))
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: "is an Enum subclass" not in record.getMessage())
+
+
 def torchao_optim() -> Any:
     """Import and return `torchao.optim`.
 
     Raises:
         ConfigError: It is not installed.
     """
+    quiet_torchao()
     try:
         import torchao.optim
     except ImportError as error:

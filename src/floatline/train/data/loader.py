@@ -15,6 +15,9 @@ given to the sampler, so a run may resume with more workers, or none, and on mor
 With several ranks each has a loader of its own over the same order. It loads its share of every update and never
 touches the others' samples; all ranks have equally many micro-batches, for they wait for each other in each.
 
+Worker processes come from a fork server, which has imported what they need and done nothing else. Forked from the
+training process itself they would begin with its threads' locks and half-collected compiled code; some crash on that.
+
 Not covered: random augmentation (workers are not reseeded to where they were). An epoch ends by
 exhausting the loader: one that is left by `break` is begun again without workers, but with workers may be skipped, for
 they have read ahead.
@@ -22,7 +25,12 @@ they have read ahead.
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -40,6 +48,8 @@ from floatline.train.data.micro import MicroBatches
 from floatline.train.data.sampler import EpochSampler, UpdateSampler, mix_seed
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
     from torchdata.stateful_dataloader import StatefulDataLoader
 
 
@@ -66,7 +76,8 @@ def make_loader(
         collate: Makes a batch of a list of samples; with `bucketing.max_tokens`, of the samples of one micro-batch.
         shuffle: A new order each epoch.
         seed: Of the orders.
-        num_workers: Processes that prepare batches; 0 prepares them in this one.
+        num_workers: Processes that prepare batches; 0 prepares them in this one. They get `dataset` and `collate`
+            pickled, so a script that starts them needs `if __name__ == "__main__":`.
         drop_last: Leave out the tail of an epoch that fills no batch.
         pin_memory: Copy batches to pinned memory, for CUDA.
         bucketing: Its `window` batches' samples are sorted together by length; with its `max_tokens`, each batch is cut
@@ -115,12 +126,39 @@ def make_loader(
             dataset if max_tokens is None else _Groups(dataset),
             batch_sampler=UpdateSampler(order, max_tokens=max_tokens, rank=rank, ranks=ranks),
             num_workers=num_workers,
+            multiprocessing_context=_fork_server() if num_workers else None,
+            worker_init_fn=_end_with_parent,
             collate_fn=collate if max_tokens is None else _CollateGroups(collate),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,  # they keep their caches from epoch to epoch
             generator=torch.Generator().manual_seed(mix_seed(seed, -1)),  # else the global generator would move
         )
     return loader
+
+
+def _fork_server() -> ForkServerContext:
+    """Where workers come from: it imports what they need once, each worker is then forked from it in no time."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ["floatline.train.hub", "floatline.train.data", "torchdata.stateful_dataloader"]
+    context.set_forkserver_preload([*modules, *({"transformers.modeling_utils"} & set(sys.modules))])
+    return context
+
+
+def _end_with_parent(worker: int) -> None:
+    """Make this worker end when the training process is gone, killed or not.
+
+    Torch's own watch looks at the parent of the process, which here is the fork server; and that one stays as long as
+    a worker does.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name=f"parent watch of worker {worker}", daemon=True).start()
 
 
 def _size_of(dataset: Any, bucketing: Batching | None) -> int:
@@ -198,7 +236,15 @@ def _loader_class() -> type:
         """Resumes from the sampler's position, so that the number of workers may differ."""
 
         def __iter__(self) -> Iterator[Any]:
-            return _relay(super().__iter__())
+            try:
+                return _relay(super().__iter__())
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                if "pickle" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"the data set or its collator cannot be sent to {self.num_workers} worker processes: {error}",
+                    hint="define their classes and functions at the top of a module, or set data.num_workers=0",
+                ) from None
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict({})
