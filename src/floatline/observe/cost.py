@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.utils.flop_counter import flop_registry
 
 from floatline.observe.fake import tensors_in

@@ -191,9 +191,10 @@ def _truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
     """A comparison, or logic on one: the fake result remembers what it would be for ordinary numbers, here 1.0."""
     out = mode.run(func, args, kwargs)
     if isinstance(out, FakeTensor) and out.dtype == torch.bool:
-        scalars = [_ordinary(value) for value in args]
         try:
-            nominal = bool(really(func, scalars, {k: v for k, v in kwargs.items() if k != "dtype"}))
+            with unset_fake_temporarily():
+                scalars = [_ordinary(value) for value in args]
+                nominal = bool(func(*scalars, **{key: value for key, value in kwargs.items() if key != "dtype"}))
         except (RuntimeError, TypeError, IndexError):
             nominal = False
         setattr(out, _NOMINAL, nominal)
@@ -201,14 +202,16 @@ def _truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _ordinary(value: Any) -> Any:
+    """Return a number that stands for a tensor: itself where it is one real number, the nominal truth, or 1."""
     if not isinstance(value, torch.Tensor):
-        return value if not isinstance(value, list) else []
-    if value.dtype == torch.bool:
-        return torch.tensor(getattr(value, _NOMINAL, False))
-    with unset_fake_temporarily():
-        if not isinstance(value, FakeTensor) and value.numel() == 1:
-            return value.reshape(())
-        return torch.ones((), dtype=value.dtype)
+        return [] if isinstance(value, list) else value  # a list of dimensions to reduce
+    if not isinstance(value, FakeTensor) and value.numel() == 1:
+        return value.reshape(())
+    return (
+        torch.tensor(getattr(value, _NOMINAL, False))
+        if value.dtype == torch.bool
+        else torch.ones((), dtype=value.dtype)
+    )
 
 
 def _nonzero(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
@@ -281,7 +284,9 @@ def _grouped_mm(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
         return really(func, args, kwargs)
     left, right = mode.fake(args[0]), args[1]
     offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
-    groups = [] if left.dim() == 2 and right.dim() == 3 else [offsets.shape[0]] if left.dim() == right.dim() == 2 else []
+    groups = (
+        [] if left.dim() == 2 and right.dim() == 3 else [offsets.shape[0]] if left.dim() == right.dim() == 2 else []
+    )
     if left.dim() == right.dim() == 3:
         groups = [left.shape[0]]
     return left.new_empty(*groups, left.shape[-2], right.shape[-1], dtype=kwargs.get("out_dtype"))
