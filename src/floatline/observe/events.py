@@ -8,10 +8,10 @@ there before the first update: parameters and buffers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class Category(str, Enum):
+class Category(StrEnum):
     """What a storage is for."""
 
     PARAMETER = "parameters"
@@ -25,7 +25,7 @@ class Category(str, Enum):
     WORKSPACE = "workspaces"
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Where in an update something happens."""
 
     START = "start"
@@ -66,7 +66,6 @@ class OpCost:
         calls: Kernels launched.
         flops: Floating-point operations, a multiply and an add counted as two.
         nbytes: Bytes read and written.
-        seconds: Filled in by a roofline.
     """
 
     calls: int = 0
@@ -86,7 +85,7 @@ class Trace:
         costs: Of the last update, by (phase, op, dtype, FLOPs of a call, bytes of a call).
         assumptions: What the model's program asked of values that a trace cannot know, and what was answered.
         notes: What the techniques chose, and why.
-        tokens: Targets of one update, where the batch tells.
+        micro_batches: Of one update.
     """
 
     storages: list[Storage] = field(default_factory=list)
@@ -96,7 +95,14 @@ class Trace:
     costs: dict[tuple[Phase, str, str, int, int], OpCost] = field(default_factory=dict)
     assumptions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tokens: int = 0
+    micro_batches: int = 1
+
+    def stretch(self, factor: float) -> None:
+        """Multiply what forward and backward cost, where fewer micro-batches were run than an update has."""
+        for (phase, *_), cost in self.costs.items():
+            if phase in (Phase.FORWARD, Phase.BACKWARD) and factor != 1.0:
+                cost.calls = round(cost.calls * factor)
+                cost.flops, cost.nbytes = round(cost.flops * factor), round(cost.nbytes * factor)
 
     @property
     def flops(self) -> int:

@@ -5,9 +5,9 @@ that holds it a release (`weakref.finalize` on the storage). Where in the progra
 
     module    global forward hooks keep a stack of the modules that run; ops of the backward belong to the module whose
               forward made the autograd node (torch numbers the nodes; the number is noted at each forward op)
-    phase     an autograd node that is running means backward; hooks of the optimizer mark its step
-    category  what a storage turned out to be for: looked up in the model, its gradients and the optimizer's state at the
-              end of each phase; what a forward leaves alive for the backward is an activation
+    phase     an autograd node that is running means backward; what comes after it is clipping and the optimizer
+    category  what a storage turned out to be for: looked up in the model, its gradients and the optimizer's state; what
+              a forward leaves alive for the backward is an activation
 
 What kernels allocate inside of an op and free again (scratch.py) is recorded as a workspace around its results.
 """

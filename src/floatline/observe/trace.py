@@ -29,6 +29,8 @@ from floatline.step.batch import call_model
 from floatline.techniques import Technique
 
 MODES = ("train", "inference")
+MOST_TRACED = 2
+"""Micro-batches of one update that are run."""
 
 
 def trace(
@@ -112,6 +114,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> None:
+    """Run the updates. Of many micro-batches two are run: from the second on each finds the same memory."""
     model = step.model
     _start(recorder, model)
     with module_names(model, recorder):
@@ -119,11 +122,16 @@ def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> No
             recorder.begin(update)
             ready = fake_batch(batch, recorder)
             recorder.enroll_batch(ready)
-            step(ready)
+            parts = ready if isinstance(ready, list) else step.stack.split(ready)
+            recorder.enroll_batch(parts)
+            step(parts[:MOST_TRACED])
+            recorder.trace.micro_batches = len(parts)
             recorder.phase = Phase.BETWEEN
             recorder.enroll_state(step.optimizer)
             recorder.enroll_model(model)
-            del ready
+            del ready, parts
+    traced = min(MOST_TRACED, recorder.trace.micro_batches)
+    recorder.trace.stretch(recorder.trace.micro_batches / traced)
 
 
 def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, hardware: Hardware) -> None:
