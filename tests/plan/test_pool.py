@@ -1,11 +1,14 @@
 """Pools: blocks of a segment lie side by side, nothing overlaps, nothing is lost, and the cache knows what is free."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floatline.plan.allocator_settings import MIB, AllocatorSettings
-from floatline.plan.pool import Block, Driver, ExpandablePool, SegmentPool
+from floatline.plan.expandable import ExpandablePool
+from floatline.plan.pool import Block, Driver, SegmentPool
 
 STEPS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 60), st.integers(0, 9)), max_size=80)
 
@@ -25,7 +28,7 @@ def check(pool: SegmentPool, driver: Driver, live: list[Block]) -> None:
     chains = {id(chain[0]): chain for chain in map(chain_of, [*live, *(entry[2] for entry in pool.cached)])}
     blocks = [block for chain in chains.values() for block in chain]
     for chain in chains.values():
-        for left, right in zip(chain, chain[1:]):
+        for left, right in pairwise(chain):
             assert left.address + left.size == right.address  # side by side, so nothing overlaps or is lost
             assert not (left.free and right.free and left.mapped == right.mapped)  # neighbours that are free merged
     assert sum(block.size for block in blocks if block.mapped) == driver.reserved
@@ -36,9 +39,7 @@ def check(pool: SegmentPool, driver: Driver, live: list[Block]) -> None:
         gaps = [(block.address, block) for block in blocks if not block.mapped]
         assert pool.unmapped == gaps or not blocks
         assert all(block.address % pool.page == block.size % pool.page == 0 for _, block in gaps)
-        assert pool.segments == sum(
-            a.mapped and not b.mapped for chain in chains.values() for a, b in zip(chain, chain[1:])
-        )
+        assert pool.segments == sum(a.mapped and not b.mapped for chain in chains.values() for a, b in pairwise(chain))
     else:
         assert pool.segments == len(chains)
         starts = sorted(chain[0].address for chain in chains.values())
@@ -80,19 +81,24 @@ def test_equal_blocks_are_taken_from_the_lowest_address(pool):
     assert [made.find(5 * MIB).address for _ in range(3)] == sorted(blocks[k].address for k in (1, 3, 5))
 
 
-def test_a_map_that_fails_halfway_keeps_what_it_got():
-    """Memory for one of two gaps: the first is mapped and stays as a free block, as in torch."""
+def test_pages_mapped_before_memory_ran_out_stay():
+    """60 MiB fit over two gaps and a free block between them; memory is there for the first gap only."""
     driver = Driver(80 * MIB, None)
     pool = ExpandablePool(driver, AllocatorSettings(), small=False)
     blocks = [pool.use(pool.grow(20 * MIB), 20 * MIB) for _ in range(4)]
-    for block in (blocks[0], blocks[1], blocks[2]):
-        pool.put_back(block)
+    pool.put_back(blocks[0])
+    pool.put_back(blocks[2])
     pool.release()
-    pool.put_back(pool.use(pool.grow(20 * MIB), 20 * MIB))
-    middle = pool.use(pool.grow(40 * MIB), 30 * MIB)
-    assert (middle.address, driver.reserved, pool.segments) == (0, 60 * MIB, 2)
-    assert pool.grow(50 * MIB) is None
+    pool.put_back(blocks[1])
+    assert (driver.reserved, pool.segments) == (40 * MIB, 2)
+    driver.capacity = 60 * MIB
+    assert pool.grow(60 * MIB) is None
     assert (driver.reserved, pool.segments) == (60 * MIB, 2)
+    assert [entry[:2] for entry in pool.cached] == [(40 * MIB, 0)]
+    check(pool, driver, [blocks[3]])
+    driver.capacity = 80 * MIB
+    whole = pool.grow(60 * MIB)
+    assert (whole.address, whole.size, driver.reserved, pool.segments) == (0, 60 * MIB, 80 * MIB, 1)
 
 
 def test_the_driver_keeps_its_limits():

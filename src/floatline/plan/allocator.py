@@ -7,8 +7,8 @@ live tensors can be too scattered to use. A run that needs 14 GB of tensors fail
 
 When nothing cached serves a request, the driver is asked for memory. If it has none, first segments that are oversize
 are returned to it (with `max_split_size_mb`), then all that is free, and each time it is asked again; then it is an
-out-of-memory error, and the replay ends as the run would. See `pool` for segments and blocks, `allocator_settings` for
-the knobs.
+out-of-memory error, and the replay ends as the run would. See pool.py for segments and blocks, expandable.py
+for pages, allocator_settings.py for the knobs.
 
 Not covered: what others take from the driver (CUDA context, NCCL, a second process), which is to be taken off
 `capacity`; memory that is held back because another stream used it (`record_stream`); the driver's own granularity,
@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from floatline.errors import ConfigError, TraceError
 from floatline.plan.allocator_settings import LARGEST_SMALL, AllocatorSettings
-from floatline.plan.pool import Block, Driver, ExpandablePool, SegmentPool
+from floatline.plan.expandable import ExpandablePool
+from floatline.plan.pool import Block, Driver, SegmentPool
 
 __all__ = ["AllocatorSettings", "Curve", "Replay", "simulate"]
 

@@ -4,10 +4,7 @@ A request gets the smallest free block that holds it, of equal ones that at the 
 becomes a free block of its own if it is worth keeping; freed neighbours of one segment merge. A block that is not cut
 counts as allocated as a whole: `memory_allocated` can exceed what was asked for by up to 1 MiB a block.
 
-`SegmentPool` takes a new segment for what nothing cached serves, and can return a segment only when all of it is free.
-`ExpandablePool` owns one address range and maps pages at its end, so that old and new memory form one block; it can
-return every page that is wholly free. Pages lie in the address range like blocks, free, in use or unmapped, in one
-chain.
+What nothing cached serves gets a new segment, and a segment goes back to the driver only when all of it is free.
 
 Not covered: streams (all requests are one stream's), private pools of CUDA graphs and of MemPool. Addresses of segments
 grow in the order of their making; the real driver's may not, which matters for equally large free blocks only.
@@ -17,10 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from floatline.plan.allocator_settings import LARGEST_SMALL, SMALL_SEGMENT, SMALLEST_BLOCK, AllocatorSettings
-
-_ADDRESS_RANGE = 1 << 56
-"""Address space of an expandable segment: more than any device has, as address space costs nothing."""
+from floatline.plan.allocator_settings import LARGEST_SMALL, SMALLEST_BLOCK, AllocatorSettings
 
 
 class Driver:
@@ -209,107 +203,3 @@ class SegmentPool:
         self._forget(block)
         self.driver.give_back(block.size)
         self.taken -= 1
-
-
-class ExpandablePool(SegmentPool):
-    """Blocks of one pool in one address range that is mapped page by page."""
-
-    def __init__(self, driver: Driver, settings: AllocatorSettings, *, small: bool) -> None:
-        super().__init__(driver, settings, small=small)
-        self.page = SMALL_SEGMENT if small else settings.large_segment
-        self.least_rest, self.split_below = SMALLEST_BLOCK, float("inf")
-        first = Block(self, 0, _ADDRESS_RANGE, mapped=False)
-        self.unmapped: list[tuple[int, Block]] = [(0, first)]
-        """Address ranges without memory, lowest first; the last one has no end."""
-
-    def _best(self, place: int) -> int:
-        """Prefer the block that could grow least: the one before the open end is worth as much as the end can give."""
-        last = len(self.cached) - 1
-        while place < last and self._reach(place + 1) < self._reach(place):
-            place += 1
-        return place
-
-    def _reach(self, place: int) -> int:
-        size, _, block = self.cached[place]
-        return size if block.next is None or block.next.mapped else size + block.next.size
-
-    def grow(self, size: int) -> Block | None:
-        """Map pages at the lowest address where `size` bytes fit, behind a free block if one lies there."""
-        if not self.driver.allows(self.settings.segment_size(size)):
-            return None
-        block = self._room(size)
-        if not block.mapped and not self._map(block, min(block.size, size)):
-            return None
-        while block.size < size:
-            gap = block.next
-            assert gap is not None and not gap.mapped
-            if not self._map(gap, min(gap.size, size - block.size)):
-                return None
-            block = gap
-        self._forget(block)
-        return block
-
-    def _room(self, size: int) -> Block:
-        for _, gap in self.unmapped:
-            start = gap if gap.previous is None or not gap.previous.free else gap.previous
-            room, block = 0, start
-            while room < size and block is not None and block.free:
-                room, block = room + block.size, block.next
-            if room >= size:
-                return start
-        raise AssertionError("the open end holds everything")
-
-    def _map(self, gap: Block, size: int) -> bool:
-        """Give memory to the first `size` bytes of `gap`, whole pages; nothing happens if the driver has not enough."""
-        size = -(-size // self.page) * self.page
-        if not self.driver.take(size):
-            return False
-        self._forget(gap)
-        if size < gap.size:
-            rest = Block(self, gap.address + size, gap.size - size, mapped=False)
-            rest.put_between(gap, gap.next)
-            insort(self.unmapped, (rest.address, rest))
-            gap.size = size
-        gap.mapped = True
-        self._merge_around(gap)
-        self._cache(gap)
-        return True
-
-    def _forget(self, block: Block) -> None:
-        if block.mapped:
-            super()._forget(block)
-        else:
-            del self.unmapped[bisect_left(self.unmapped, (block.address,))]
-
-    @property
-    def segments(self) -> int:
-        """How many stretches of pages the pool holds: each of them ends before a gap."""
-        return sum(gap.previous is not None for _, gap in self.unmapped)
-
-    def release(self) -> None:
-        """Return all pages to the driver that are wholly free."""
-        for _, _, block in list(self.cached):
-            self._unmap(block)
-
-    def _unmap(self, block: Block) -> None:
-        start = -(-block.address // self.page) * self.page
-        end = (block.address + block.size) // self.page * self.page
-        if start >= end:
-            return
-        self._forget(block)
-        for address, stop in ((block.address, start), (end, block.address + block.size)):
-            if address < stop:
-                margin = Block(self, address, stop - address)
-                margin.put_between(*((block.previous, block) if address < start else (block, block.next)))
-                self._cache(margin)
-        block.address, block.size, block.mapped = start, end - start, False
-        self.driver.give_back(block.size)
-        self._merge_around(block)
-        insort(self.unmapped, (block.address, block))
-
-    def release_oversize(self, size: int) -> bool:
-        """Return nothing: there are no segments that could go one by one."""
-        return False
-
-    def collect(self, excess: int) -> None:
-        """Return nothing: only segments age."""
