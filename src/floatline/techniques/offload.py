@@ -28,7 +28,7 @@ from torch import nn
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.offload_stash import DiskStash, HostStash, Stash, Stashed, span
-from floatline.techniques.placement import is_fake, stands_in
+from floatline.techniques.placement import holds_fakes, is_fake, stands_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,7 @@ class _Hooks:
     def __init__(self, technique: Offload, model: nn.Module, stash: Stash, *, stands_in: bool) -> None:
         self.technique = technique
         self.stands_in = stands_in
+        self.fakes = holds_fakes(model)
         self.model = weakref.ref(model)  # a copy of the model must not drag this one along
         self.stash = stash
         self.kept_bytes = 0
@@ -150,6 +151,8 @@ class _Hooks:
             return False  # a view of a weight; a sharded model's are gathered only now, so `active` has not seen them
         if self.technique.to == "host" and not self.stands_in and _on_host(tensor):
             return False
+        if self.technique.to == "disk" and self.fakes and not is_fake(tensor):
+            return False  # a file's bytes need a real tensor to come back into, and new ones are fake now
         if tensor.nbytes < max(1, self.technique.min_bytes) or tensor.is_inference():
             return False
         if span(tensor) < tensor.numel():  # expanded: it would grow on the way

@@ -2,8 +2,9 @@
 
 A stashed tensor comes back with the size, strides and bits it left with, so whatever is computed from it is bit for bit
 the same. On CUDA, copies run on a stream of their own through pinned buffers (offload_streams.py). A tensor's device
-memory is given back once its copy is done; at most `in_flight` copies are under way, so the device never holds more than that many tensors
-that are on their way out. Coming back, the next tensors in line are fetched ahead, as many again.
+memory is given back once its copy is done; at most `in_flight` copies are under way, so the device never holds more
+than that many tensors that are on their way out. Coming back, the next tensors in line are fetched ahead, as many
+again.
 """
 
 from __future__ import annotations

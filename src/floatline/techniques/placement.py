@@ -7,9 +7,10 @@ tensor is a CPU tensor then, so a technique that would keep one in host memory h
         buffer = torch.empty_like(state)
     moved_to_host(shard)                  # this one, wherever it was allocated
 
-and memory that changes without an operation, which no dispatch mode can see, is told by `resized`. Whoever watches
-asks `allocates_on_host()` at each allocation and hears of the rest through `watching`. Without a watcher nothing
-happens.
+What a GPU would compute in one compiled kernel, and is computed operation by operation here, is put in
+`within_kernel()`: its intermediates have no memory. Memory that changes without an operation, which no dispatch mode
+can see, is told by `resized`. Whoever watches asks `allocates_on_host()` and `allocates_within_kernel()` at each
+allocation and hears of the rest through `watching`. Without a watcher nothing happens.
 
 Not covered: streams. Copies that a GPU makes beside the computation are made in line with it here.
 """
@@ -17,9 +18,9 @@ Not covered: streams. Copies that a GPU makes beside the computation are made in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,22 +40,18 @@ class Watcher(Protocol):
 
 
 _on_host: ContextVar[bool] = ContextVar("_on_host", default=False)
+_within_kernel: ContextVar[bool] = ContextVar("_within_kernel", default=False)
 _watcher: ContextVar[Watcher | None] = ContextVar("_watcher", default=None)
 
 
-@contextmanager
-def on_host() -> Iterator[None]:
+def on_host() -> AbstractContextManager[None]:
     """Context whose allocations would lie in host memory.
 
     >>> with on_host():
     ...     allocates_on_host()
     True
     """
-    before = _on_host.set(True)
-    try:
-        yield
-    finally:
-        _on_host.reset(before)
+    return _as(_on_host, True)
 
 
 def allocates_on_host() -> bool:
@@ -62,14 +59,33 @@ def allocates_on_host() -> bool:
     return _on_host.get()
 
 
-@contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
+def within_kernel(inside: bool = True) -> AbstractContextManager[None]:
+    """Context whose allocations would be values inside of one kernel; False for what leaves it.
+
+    >>> with within_kernel(), within_kernel(False):
+    ...     allocates_within_kernel()
+    False
+    """
+    return _as(_within_kernel, inside)
+
+
+def allocates_within_kernel() -> bool:
+    """Say whether what is allocated now would have no memory of its own."""
+    return _within_kernel.get()
+
+
+def watching(watcher: Watcher) -> AbstractContextManager[None]:
     """Context in which `watcher` hears of what no operation shows."""
-    before = _watcher.set(watcher)
+    return _as(_watcher, watcher)
+
+
+@contextmanager
+def _as(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    before = variable.set(value)
     try:
         yield
     finally:
-        _watcher.reset(before)
+        variable.reset(before)
 
 
 def moved_to_host(tensor: torch.Tensor) -> None:
