@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking, tensors_in
+from floatline.techniques.placement import allocates_on_host, allocates_within_kernel
 
 Scratch = Callable[[Any, Any, Any, Any], int]
 """(op, args, kwargs, result) -> bytes that the kernel allocates and frees again."""
@@ -48,13 +50,12 @@ class Recorder(Faking):
     Args:
         fake_mode: The mode below.
         scratch: What kernels allocate inside.
-        on_host: () -> whether allocations go to host memory now.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode, scratch: Scratch, on_host: Callable[[], bool]) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, scratch: Scratch) -> None:
         super().__init__(fake_mode)
         self.trace = Trace()
-        self.scratch, self.on_host = scratch, on_host
+        self.scratch = scratch
         self.update = -1
         self.phase = Phase.START
         self.modules: list[str] = [""]
@@ -62,6 +63,7 @@ class Recorder(Faking):
         self._made_by: dict[int, str] = {}  # number of an autograd node -> module
         self._gradients_of: nn.Module | None = None
         self._settled = 0
+        self._finished = False
         self.vocabulary = 0
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -117,15 +119,15 @@ class Recorder(Faking):
     def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str) -> bool:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        nbytes = 0 if address in self._numbers else storage.nbytes()
+        nbytes = 0 if address in self._numbers or allocates_within_kernel() else storage.nbytes()
         if not nbytes:
             return False
-        made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, self.on_host())
+        made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, allocates_on_host())
         number = len(self.trace.storages)
         self.trace.storages.append(made)
         self._events_of(made).append((number, nbytes))
         self._numbers[address] = number
-        weakref.finalize(storage, self._died, address, made).atexit = False
+        weakref.finalize(storage, self._died, address).atexit = False
         return True
 
     def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
@@ -135,10 +137,10 @@ class Recorder(Faking):
             return Category.LOGITS if wide else Category.ACTIVATION
         return Category.TEMPORARY
 
-    def _died(self, address: int, made: Storage) -> None:
-        number = self._numbers.get(address)
-        if number is not None and self.trace.storages[number] is made:
-            del self._numbers[address]
+    def _died(self, address: int) -> None:
+        number = self._numbers.pop(address, None)
+        if number is not None and not self._finished:
+            made = self.trace.storages[number]
             self._events_of(made).append((number, -made.nbytes))
 
     def _events_of(self, made: Storage) -> list[tuple[int, int]]:
@@ -158,6 +160,35 @@ class Recorder(Faking):
         cost.calls += 1
         cost.flops += flops
         cost.nbytes += nbytes
+
+    def finish(self) -> None:
+        """End the record: what dies from now on dies because the model is given up."""
+        self._finished = True
+
+    # What no op shows (techniques/placement.py)
+
+    def moved_to_host(self, tensor: torch.Tensor) -> None:
+        for part in plain_parts(tensor):
+            number = self.number_of(part)
+            if number is not None and not self.trace.storages[number].host:
+                self._replace(part, number, host=True)
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        number, nbytes = self.number_of(tensor), tensor.untyped_storage().nbytes()
+        if number is None:
+            self._born(tensor, "resize", *self._place())
+        elif nbytes != self.trace.storages[number].nbytes:
+            self._replace(tensor, number, nbytes=nbytes)
+
+    def _replace(self, tensor: torch.Tensor, number: int, **changes: Any) -> None:
+        """End a storage's record and begin another for the same tensor."""
+        address = tensor.untyped_storage()._cdata
+        self._died(address)
+        made = replace(self.trace.storages[number], update=self.update, **changes)
+        if made.nbytes:
+            self._numbers[address] = len(self.trace.storages)
+            self._events_of(made).append((self._numbers[address], made.nbytes))
+            self.trace.storages.append(made)
 
     # What a storage is for
 
