@@ -58,7 +58,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = {}
-        self.peak = 0
+        self.peak = self.host_peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(kind not in PLAIN for kind in types):
@@ -69,7 +69,7 @@ class Ledger(TorchDispatchMode):
             if storage._cdata not in self.live and not allocates_within_kernel():
                 self.live[storage._cdata] = (storage.nbytes(), allocates_on_host())
                 weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.peak = max(self.peak, self.device)
+        self.peak, self.host_peak = max(self.peak, self.device), max(self.host_peak, self.host)
         return out
 
     def moved_to_host(self, tensor):
@@ -120,7 +120,7 @@ class Plan:
                 batch = case.batch(0)
             batch = tree_map(lambda leaf: mode.from_tensor(leaf) if leaf.is_floating_point() else leaf, batch)
             self.outputs = [self.step(batch)]
-            self.ledger.peak = 0
+            self.ledger.peak = self.ledger.host_peak = 0
             self.outputs.append(self.step(batch))
             self.peak, self.device, self.host = self.ledger.peak, self.ledger.device, self.ledger.host
             self.notes, self.facts = self.step.stack.notes, self.step.stack.facts()

@@ -165,6 +165,8 @@ def test_shards_masters_and_state_lie_on_the_host(precision, bytes_each):
     away = plan(LONG, "sharding(cpu_offload=True)", "t4", precision, ranks=8)
     on_device = plan(LONG, "sharding", "t4", precision, ranks=8)
     assert away.host == pytest.approx(bytes_each * WEIGHTS / 4 / 8, rel=0.05)
+    gradients = (4 if precision == "32-true" else 2) * WEIGHTS / 4 / 8
+    assert away.ledger.host_peak > away.host + 0.95 * gradients
     assert away.idle < 0.01 * WEIGHTS and away.device < 0.05 * WEIGHTS
     assert away.peak < on_device.peak and on_device.host == 0 and not any("changes nothing" in n for n in away.notes)
 
