@@ -1,8 +1,8 @@
 """The rules of a target GPU, applied to code that runs on (fake) CPU tensors.
 
-Fake tensors of the `cuda` device need a GPU, so a step is traced on fake CPU tensors. What a GPU does differently with the
-same program is put on here, one rule a file: autocast's lists, the attention kernel and what it saves, dropout and
-softmax, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides.
+Fake tensors of the `cuda` device need a GPU, so a step is traced on fake CPU tensors. What a GPU does differently
+with the same program is put on here, one rule a file: autocast's lists, the attention kernel and what it saves,
+dropout and softmax, RMS norm, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from floatline.observe.target.attention import target_attention
 from floatline.observe.target.attention_choice import Choice, chosen_kernel
 from floatline.observe.target.autocast import cuda_autocast
 from floatline.observe.target.dropout import target_pointwise
+from floatline.observe.target.norms import target_norms
 from floatline.observe.target.optimizers import target_optimizers
 from floatline.observe.target.workspaces import workspaces
 
@@ -24,6 +25,7 @@ __all__ = [
     "cuda_autocast",
     "on_target",
     "target_attention",
+    "target_norms",
     "target_optimizers",
     "target_pointwise",
     "workspaces",
@@ -48,5 +50,6 @@ def on_target(hardware: Hardware) -> Iterator[None]:
             stack.enter_context(cuda_autocast())
             stack.enter_context(target_attention(hardware))
             stack.enter_context(target_pointwise())
+            stack.enter_context(target_norms())
             stack.enter_context(target_optimizers())
         yield
