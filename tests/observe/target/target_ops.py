@@ -8,12 +8,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ops(TorchDispatchMode):
-    """Names of the aten ops that run, without overloads, and the storages they made that are still alive."""
+    """Names of the aten ops that run, without overloads, and the storages they made: alive now, most at once."""
 
-    def __init__(self):
+    def __init__(self, known=()):
         super().__init__()
         self.names = []
         self.live = {}
+        self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -22,9 +24,10 @@ class Ops(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
                 storage = leaf.untyped_storage()
-                if storage._cdata not in self.live:
+                if storage._cdata not in self.live and storage._cdata not in self.known:
                     self.live[storage._cdata] = storage.nbytes()
                     weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, self.bytes)
         return out
 
     @property
