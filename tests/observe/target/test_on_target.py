@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import zoo
 from target_ops import Ops
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+import zoo
 from floatline.hardware import Hardware, lookup
 from floatline.observe.target import on_target
 

@@ -2,7 +2,7 @@
 
 Fake tensors of the `cuda` device need a GPU, so a step is traced on fake CPU tensors. What a GPU does differently
 with the same program is put on here, one rule a file: autocast's lists, the attention kernel and what it saves,
-dropout and softmax, RMS norm, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides.
+dropout and softmax, RMS norm, LSTMs, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from floatline.observe.target.autocast import cuda_autocast
 from floatline.observe.target.dropout import target_pointwise
 from floatline.observe.target.norms import target_norms
 from floatline.observe.target.optimizers import target_optimizers
+from floatline.observe.target.recurrent import target_recurrent
 from floatline.observe.target.workspaces import workspaces
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "target_norms",
     "target_optimizers",
     "target_pointwise",
+    "target_recurrent",
     "workspaces",
 ]
 
@@ -51,5 +53,6 @@ def on_target(hardware: Hardware) -> Iterator[None]:
             stack.enter_context(target_attention(hardware))
             stack.enter_context(target_pointwise())
             stack.enter_context(target_norms())
+            stack.enter_context(target_recurrent())
             stack.enter_context(target_optimizers())
         yield
