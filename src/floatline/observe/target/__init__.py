@@ -2,7 +2,8 @@
 
 Fake tensors of the `cuda` device need a GPU, so a step is traced on fake CPU tensors. What a GPU does differently
 with the same program is put on here, one rule a file: autocast's lists, the attention kernel and what it saves,
-dropout and softmax, RMS norm, LSTMs, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides.
+dropout and softmax, RMS norm, LSTMs, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides,
+`attention_scratch` what attention takes inside.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from floatline.hardware import Hardware
 from floatline.observe.target.attention import target_attention
 from floatline.observe.target.attention_choice import Choice, chosen_kernel
+from floatline.observe.target.attention_scratch import attention_scratch
 from floatline.observe.target.autocast import cuda_autocast
 from floatline.observe.target.dropout import target_pointwise
 from floatline.observe.target.norms import target_norms
@@ -22,6 +24,7 @@ from floatline.observe.target.workspaces import workspaces
 
 __all__ = [
     "Choice",
+    "attention_scratch",
     "chosen_kernel",
     "cuda_autocast",
     "on_target",

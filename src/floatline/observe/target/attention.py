@@ -12,7 +12,7 @@ inputs arrive here cast already, as on CUDA.
 
 Real tensors, nested tensors and those of other devices get torch's own body.
 
-Not covered: the kernels' scratch (flash's fp32 dQ in backward), and the fast path of
+Not covered here: the kernels' scratch (attention_scratch.py), and the fast path of
 `nn.TransformerEncoderLayer` in inference.
 
 Source: ATen/native/transformers/attention.cpp of torch 2.13.
