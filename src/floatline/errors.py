@@ -48,6 +48,10 @@ class ModelError(FloatlineError, ValueError):
     """A model directory that cannot be loaded or does not fit the data."""
 
 
+class TraceError(FloatlineError, ValueError):
+    """A record of allocations that no program can have made."""
+
+
 class CheckpointError(FloatlineError, RuntimeError):
     """A checkpoint that cannot be written or read back."""
 

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from floatline.errors import ConfigError
+from floatline.hardware import Hardware
+from floatline.hardware import resolve as resolve_hardware
 from floatline.precision import (
     LossScaling,
     MasterWeights,
@@ -29,10 +31,10 @@ from floatline.precision import (
 )
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
-from floatline.step.exchange import share_out
 from floatline.step.guard import Guard, Sentinel
 from floatline.step.norm import total_norm
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
+from floatline.step.shares import weighted
 from floatline.step.undisturbed import undisturbed
 from floatline.techniques import Stack, Technique
 from floatline.techniques.base import hardware_of
@@ -65,13 +67,6 @@ class StepOutput:
     applied: torch.Tensor
 
 
-def _is_zero(count: Any) -> bool:
-    """Say whether a count is 0, where that can be read without waiting for a device."""
-    if isinstance(count, torch.Tensor) and count.device.type != "cpu":
-        return False
-    return count is not None and float(count) == 0.0
-
-
 class TrainStep:
     """One optimizer update of `model`, in a given precision, guarded.
 
@@ -86,10 +81,13 @@ class TrainStep:
         schedule: Stepped once an update, also when the update was skipped, so that it ends with the data. Or a
             `callable(optimizer) -> schedule`, for techniques may replace the optimizer.
         count: `batch -> number of targets`, the weight of a micro-batch; None for `batch.target_count`.
+        hardware: Whose rules hold for precision and techniques: a GPU of the catalog ("t4") whose step a planner
+            watches on (fake) CPU tensors; None is the device that the model is on.
 
     Raises:
-        PrecisionError: The policy is malformed, illegal on the device, or does not fit the model.
-        ConfigError: `max_grad_norm` is not positive, the model has nothing to train, or a technique cannot be applied.
+        PrecisionError: The policy is malformed, illegal on the hardware, or does not fit the model.
+        ConfigError: `max_grad_norm` is not positive, the model has nothing to train, a technique cannot be applied, or
+            no hardware has that name.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -110,6 +108,7 @@ class TrainStep:
         techniques: Sequence[Technique | str] = (),
         schedule: Schedule | Callable[[torch.optim.Optimizer], Schedule] | None = None,
         count: Callable[[Batch], Any] | None = None,
+        hardware: Hardware | str | None = None,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}", hint="give a positive number, or None")
@@ -121,13 +120,13 @@ class TrainStep:
         self._torn = False
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.stack = Stack(techniques)
-        hardware = hardware_of(model)
-        choice = resolve_precision(asked_precision(precision, self.stack.find("precision")), hardware)
+        self.hardware = hardware_of(model) if hardware is None else resolve_hardware(hardware)
+        choice = resolve_precision(asked_precision(precision, self.stack.find("precision")), self.hardware)
         self.policy, self.precision_reason = choice.policy, choice.reason
         self.stack.refuse(self.policy, max_grad_norm)
         names = names_of(model)
         self._exact: dict[str, torch.Tensor] = {}
-        self.stack.apply(model, hardware, self._apply_precision, self.policy)
+        self.stack.apply(model, self.hardware, self._apply_precision, self.policy)
         self.ranks = self.stack.ranks
         self._names = names_of(model)
         try:
@@ -182,6 +181,11 @@ class TrainStep:
                 hint="give one batch an update, or drop optimizer_in_backward",
             )
         loss = self._accumulate_or_forget(micro_batches)
+        with self.stack.update():
+            return self._update(loss)
+
+    def _update(self, loss: torch.Tensor) -> StepOutput:
+        """Judge, clip and step with the gradients that were accumulated."""
         self.masters.pull_gradients()
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -238,7 +242,7 @@ class TrainStep:
     def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Forward and backward of each micro-batch; returns the weighted loss."""
         total: torch.Tensor | None = None
-        for micro_batch, weight in self._weighted(micro_batches):
+        for micro_batch, weight in weighted(micro_batches, self.count, self.ranks):
             with self.stack.during():
                 with self.stack.around(), self.precision.autocast():
                     loss = self.loss(self.model, move(micro_batch, self.device))
@@ -253,21 +257,6 @@ class TrainStep:
                 "an update needs at least one micro-batch, the list is empty", hint="leave out updates without data"
             )
         return self.ranks.sum(total) / self.ranks.size if self.ranks.size > 1 else total
-
-    def _weighted(self, micro_batches: list[Batch]) -> list[tuple[Batch, Any]]:
-        """Return the micro-batches that are to be run, each with its share of the targets.
-
-        A single one needs no counting. One without targets is left out: its loss is 0/0 and would make the others' NaN.
-        """
-        if self.ranks.size > 1:
-            return share_out(micro_batches, [self.count(micro_batch) for micro_batch in micro_batches], self.ranks)
-        if len(micro_batches) < 2:
-            return [(micro_batch, None) for micro_batch in micro_batches]
-        counts = [self.count(micro_batch) for micro_batch in micro_batches]
-        total = sum(counts)
-        if _is_zero(total):  # nothing to learn from: one of them shows it, and the guard skips the update
-            return [(micro_batches[0], None)]
-        return [(m, count / total) for m, count in zip(micro_batches, counts, strict=True) if not _is_zero(count)]
 
     def _step_schedule(self) -> None:
         if self.schedule is None:

@@ -67,6 +67,7 @@ class Applied:
         notes: What was chosen automatically or could not be had, each with its reason.
         around: Context of the forward and loss of each micro-batch.
         during: Context of forward, loss and backward of each micro-batch, where recomputation happens too.
+        update: Context of what follows an update's last backward: norm, clipping, the optimizer's step.
         split: One batch into micro-batches of one update; lists that the caller made are not split again.
         optimizer: Takes the optimizer and returns the one to use; their parameter groups must stay the same objects,
             so that learning-rate schedules go on working.
@@ -80,6 +81,7 @@ class Applied:
     notes: tuple[str, ...] = ()
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     during: Callable[[], AbstractContextManager[Any]] = nullcontext
+    update: Callable[[], AbstractContextManager[Any]] = nullcontext
     split: Callable[[Any], list[Any]] | None = None
     optimizer: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None
     ranks: OneRank | None = None

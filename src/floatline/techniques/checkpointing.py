@@ -43,6 +43,7 @@ from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.checkpointing_buffers import ChangedBuffers, Written, version_of
 from floatline.techniques.freezing import requires_grad
 from floatline.techniques.layers import chosen_layers, outermost
+from floatline.techniques.placement import holds_fakes
 
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm")
 _ATTENTIONS = (
@@ -106,7 +107,10 @@ class Checkpointing(Technique):
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         if self.budget is not None:
-            return Applied(technique=self, touched=("",), during=partial(_memory_budget, self.budget))
+            notes = (
+                ("not traced: the plan is the one without it, for nothing is compiled",) if holds_fakes(model) else ()
+            )
+            return Applied(technique=self, touched=("",), notes=notes, during=partial(_memory_budget, self.budget))
         chosen = outermost(chosen_layers(model, self.layers, setting="checkpointing.layers"))
         layers = _every_nth(chosen, self.every)
         contexts = _context_function(self.keep)

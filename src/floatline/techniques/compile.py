@@ -15,6 +15,8 @@ cache of Hugging Face models is off in the step, for it makes each layer a case 
 Modes "reduce-overhead" and "max-autotune" replay CUDA graphs, which reuse the memory of the replay before. Gradients
 live in it, so a second micro-batch would overwrite the first one's (pytorch#169545): refused with accumulation.
 
+A model of fake tensors (a plan) has nothing to compile for: its forwards run as they are, a note says so.
+
 Not covered: outputs that differ from eager ones in rounding (inductor fuses, and keeps fp32 between fused operations in
 half precision); hooks added to submodules afterwards, which compiled code does not see; the compiled code of calls
 under `torch.no_grad` and `eval()`, which count as recompiles; graph breaks, which are counted but not mended.
@@ -28,6 +30,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -40,9 +43,11 @@ from floatline.hardware.legality import Verdict
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.compile_watch import CompileWatch
 from floatline.techniques.layers import repeated_layers
+from floatline.techniques.placement import holds_fakes
 
 _CUDA_GRAPHS = frozenset({"reduce-overhead", "max-autotune"})
 _TRITON_NEEDS = (7, 0)
+_NOT_TRACED = "not traced: estimated as eager, which keeps at least as many intermediates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,11 @@ class Compile(Technique):
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         self._refuse(model)
         modules = {"": model} if self.scope == "model" else repeated_layers(model)
+        notes = self._notes(model, modules, hardware)
+        if holds_fakes(model):
+            return Applied(
+                technique=self, touched=tuple(modules), notes=(*notes, _NOT_TRACED), during=partial(_no_cache, model)
+            )
         watch = CompileWatch()
         for module, call in _callers(modules.values()):
             compiled = torch.compile(call, **self._settings())
@@ -122,7 +132,7 @@ class Compile(Technique):
             technique=self,
             touched=tuple(modules),
             undo=undo,
-            notes=self._notes(model, modules, hardware),
+            notes=notes,
             around=self._new_replay if self.mode in _CUDA_GRAPHS and _device(model) == "cuda" else nullcontext,
             during=during,
             facts=watch.facts,

@@ -7,6 +7,7 @@ multiple of the block, stay in the weights' format: they are few and small, and 
 
 torchao does the work; it compiles its step on CUDA, one kernel a parameter shape (slow the first time). On a CPU,
 without Triton or before Volta the same step runs eagerly, which needs a few fp32 copies of the largest parameter.
+A plan for a GPU that compiles it computes it eagerly too, and takes each parameter's step for one kernel.
 bitsandbytes (8 bits, CUDA) has its own kernels and needs no compiler.
 
 It changes the maths: moments are rounded to 8 bits after each update. Published training curves match fp32's; 4 bits
@@ -38,6 +39,7 @@ from floatline.techniques.optim_steps.low_bit_adam import LowBitAdam, dequantise
 from floatline.techniques.optim_steps.low_bit_state import INSTALL
 from floatline.techniques.optim_steps.partial_step import state_bytes
 from floatline.techniques.optim_steps.wrapped import share
+from floatline.techniques.placement import stands_in
 
 SMALLEST = 4096
 """Elements below which both libraries leave state in full precision."""
@@ -124,14 +126,16 @@ class LowBitOptimizer(Technique):
         kept = sum(p.numel() for name, p in trainable.items() if name not in set(quantised))
         share_kept = kept / max(1, sum(p.numel() for p in trainable.values()))
         notes = [how, _how_many(len(quantised), len(trainable), share_kept, self.block)]
-        if library == "torchao" and not compiles(hardware):
+        planned = stands_in(model, hardware)
+        compiled = compiles(hardware, triton=planned or find_spec("triton") is not None)
+        if library == "torchao" and not compiled:
             notes.append(f"torchao's step runs eagerly on {hardware.name}: compiling it needs Triton, Volta and newer")
         made: list[torch.optim.Optimizer] = []
 
         def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             refuse_optimizer(optimizer)
             if library == "torchao":
-                made.append(self._to_torchao(optimizer, eager=not compiles(hardware)))
+                made.append(self._to_torchao(optimizer, compiled=compiled, planned=planned))
             else:
                 made.append(to_bitsandbytes(optimizer))
             return made[-1]
@@ -150,13 +154,14 @@ class LowBitOptimizer(Technique):
         touched = quantised or tuple(trainable)
         return Applied(technique=self, touched=touched, undo=undo, notes=tuple(notes), optimizer=convert, facts=facts)
 
-    def _to_torchao(self, optimizer: torch.optim.Optimizer, *, eager: bool) -> LowBitAdam:
+    def _to_torchao(self, optimizer: torch.optim.Optimizer, *, compiled: bool, planned: bool) -> LowBitAdam:
         return to_torchao(
             optimizer,
             self.bits,
             block_size=self.block,
             stochastic_rounding=self.stochastic_rounding,
-            eager=eager,
+            eager=planned or not compiled,
+            stands_for_kernel=planned and compiled,
         )
 
     def quantises(self, parameter: torch.Tensor) -> bool:
@@ -171,9 +176,9 @@ def _how_many(quantised: int, trainable: int, share_kept: float, block: int) -> 
     return f"{quantised} of {trainable} parameters; {100 * share_kept:.1f} % of elements keep full precision {why}"
 
 
-def compiles(hardware: Hardware) -> bool:
-    """Say whether torchao's step is compiled there."""
-    return hardware.kind == "cuda" and (hardware.capability or (0, 0)) >= (7, 0) and find_spec("triton") is not None
+def compiles(hardware: Hardware, *, triton: bool) -> bool:
+    """Say whether torchao's step is compiled there, with or without Triton."""
+    return hardware.kind == "cuda" and (hardware.capability or (0, 0)) >= (7, 0) and triton
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ The result is bit for bit the plain step's. The price is the transfer, both ways
 (offload_stash.py). After checkpointing only the layers' inputs are left to move, which is where offload costs least.
 
 On a CPU the host's memory is the device's: nothing moves to the host there (a note says so); offload to disk saves.
+Where CPU tensors stand for a GPU's (a plan), they leave and return as those would.
 Not covered: outputs that op-selective checkpointing keeps (they lie in its own cache), tensor subclasses.
 """
 
@@ -27,6 +28,7 @@ from torch import nn
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.offload_stash import DiskStash, HostStash, Stash, Stashed, span
+from floatline.techniques.placement import holds_fakes, is_fake, stands_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,8 @@ class Offload(Technique):
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         stash: Stash = HostStash(self.in_flight) if self.to == "host" else DiskStash(self.directory)
-        hooks = _Hooks(self, model, stash)
-        on_cpu = next((p.device.type for p in model.parameters()), "cpu") == "cpu"
+        hooks = _Hooks(self, model, stash, stands_in=stands_in(model, hardware))
+        on_cpu = next((p.device.type for p in model.parameters()), "cpu") == "cpu" and not hooks.stands_in
         notes = ("on a CPU the host's memory is the device's, so nothing moves: to=disk is what saves there",)
         return Applied(
             technique=self,
@@ -91,12 +93,20 @@ def _on_host(tensor: torch.Tensor) -> bool:
 class _Hooks:
     """Decides what goes away, and sees to it that nothing goes twice.
 
+    Args:
+        technique: The settings.
+        model: Whose weights and buffers stay.
+        stash: Where things go.
+        stands_in: Whether CPU tensors stand for those of a GPU, so that they go to the host as those do.
+
     Attributes:
         kept_bytes: Of the last forward, what was large enough to go but stayed: for `max_bytes`.
     """
 
-    def __init__(self, technique: Offload, model: nn.Module, stash: Stash) -> None:
+    def __init__(self, technique: Offload, model: nn.Module, stash: Stash, *, stands_in: bool) -> None:
         self.technique = technique
+        self.stands_in = stands_in
+        self.fakes = holds_fakes(model)
         self.model = weakref.ref(model)  # a copy of the model must not drag this one along
         self.stash = stash
         self.kept_bytes = 0
@@ -133,12 +143,16 @@ class _Hooks:
         return entry
 
     def _worth_it(self, tensor: torch.Tensor) -> bool:
-        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
-            return False  # a Parameter, or a subclass whose parts only it knows
+        if not (type(tensor) is torch.Tensor or is_fake(tensor)) or tensor.layout is not torch.strided:
+            return False  # a subclass whose parts only it knows
+        if isinstance(tensor, nn.Parameter):
+            return False
         if isinstance(tensor._base, nn.Parameter):
             return False  # a view of a weight; a sharded model's are gathered only now, so `active` has not seen them
-        if self.technique.to == "host" and _on_host(tensor):
+        if self.technique.to == "host" and not self.stands_in and _on_host(tensor):
             return False
+        if self.technique.to == "disk" and self.fakes and not is_fake(tensor):
+            return False  # a file's bytes need a real tensor to come back into, and new ones are fake now
         if tensor.nbytes < max(1, self.technique.min_bytes) or tensor.is_inference():
             return False
         if span(tensor) < tensor.numel():  # expanded: it would grow on the way

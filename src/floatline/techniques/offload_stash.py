@@ -1,9 +1,10 @@
 """Where offloaded tensors wait: in host memory or in a file.
 
 A stashed tensor comes back with the size, strides and bits it left with, so whatever is computed from it is bit for bit
-the same. On CUDA, copies run on a stream of their own through pinned buffers. A tensor's device memory is given back
-once its copy is done; at most `in_flight` copies are under way, so the device never holds more than that many tensors
-that are on their way out. Coming back, the next tensors in line are fetched ahead, as many again.
+the same. On CUDA, copies run on a stream of their own through pinned buffers (offload_streams.py). A tensor's device
+memory is given back once its copy is done; at most `in_flight` copies are under way, so the device never holds more
+than that many tensors that are on their way out. Coming back, the next tensors in line are fetched ahead, as many
+again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from floatline.errors import MemoryExceededError
+from floatline.techniques.offload_streams import InLine, SideStream
+from floatline.techniques.placement import is_fake
 
 
 class Stashed:
@@ -92,7 +95,7 @@ class Stash:
 
 
 class HostStash(Stash):
-    """Host memory: pinned and copied on a side stream for CUDA tensors, plain copies for CPU tensors.
+    """Host memory: for CUDA tensors pinned and copied on a side stream, else copied in line with the computation.
 
     Args:
         in_flight: Most copies under way in each direction.
@@ -101,24 +104,44 @@ class HostStash(Stash):
     def __init__(self, in_flight: int) -> None:
         super().__init__()
         self.in_flight = in_flight
-        self._stream: torch.cuda.Stream | None = None
-        self._leaving: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._streams: InLine | None = None
+        self._leaving: deque[tuple[Any, torch.Tensor]] = deque()
         self._order: list[weakref.ref[Stashed]] = []  # in the order in which they left
-        self._arriving: dict[int, tuple[torch.cuda.Event, torch.Tensor]] = {}
+        self._arriving: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def put(self, entry: Stashed, tensor: torch.Tensor) -> torch.Tensor:
         super().put(entry, tensor)
-        if not tensor.is_cuda:
-            flat = torch.empty(entry.elements, dtype=tensor.dtype)
-            entry.shape_of(flat).copy_(tensor)
-            return flat
-        return self._leave(entry, tensor)
+        if self._streams is None:
+            self._streams = SideStream() if tensor.is_cuda else InLine()
+        flat = self._streams.host_buffer(tensor, entry.elements)
+        with self._streams.leaving():
+            entry.shape_of(flat).copy_(tensor, non_blocking=True)
+            self._leaving.append((self._streams.mark(), tensor.detach()))  # the memory, not the graph behind it
+        while len(self._leaving) > self.in_flight:  # memory freed on this stream is reused on it: wait, then let go
+            self._streams.wait(self._leaving.popleft()[0])
+        entry.position = len(self._order)
+        self._order.append(weakref.ref(entry))
+        return flat
 
     def get(self, entry: Stashed) -> torch.Tensor:
-        if entry.device.type != "cuda":
-            flat: torch.Tensor = entry.place
-            return entry.shape_of(flat.clone() if entry.device.type == "cpu" else flat.to(entry.device))
-        return self._arrive(entry)
+        assert self._streams is not None
+        while self._leaving:  # the backward has begun: nothing leaves any more
+            self._streams.wait(self._leaving.popleft()[0])
+        for waiting in reversed(self._order[max(0, entry.position - self.in_flight) : entry.position + 1]):
+            other = waiting()
+            if other is not None and id(other) not in self._arriving:
+                self._arriving[id(other)] = self._begin_arrival(other, self._streams)
+        done, flat = self._arriving.pop(id(entry))
+        self._streams.wait(done)
+        self._streams.hand_over(flat)
+        return entry.shape_of(flat)
+
+    @staticmethod
+    def _begin_arrival(entry: Stashed, streams: InLine) -> tuple[Any, torch.Tensor]:
+        """Copy back: on a side stream that comes after the copy out, and does not wait for the compute."""
+        with streams.arriving():
+            flat = entry.place.to(entry.device, non_blocking=True, copy=True)
+            return streams.mark(), flat
 
     def forget(self, entry: Stashed) -> None:
         super().forget(entry)
@@ -127,56 +150,14 @@ class HostStash(Stash):
             self._order.clear()
             self._leaving.clear()
 
-    def _side_stream(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
-
-    def _leave(self, entry: Stashed, tensor: torch.Tensor) -> torch.Tensor:
-        stream, current = self._side_stream(), torch.cuda.current_stream()
-        flat = torch.empty(entry.elements, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(current)  # the tensor must be computed before it is copied
-        with torch.cuda.stream(stream):
-            entry.shape_of(flat).copy_(tensor, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(stream)
-        self._leaving.append((done, tensor))
-        while len(self._leaving) > self.in_flight:  # memory freed on this stream is reused on it: wait, then let go
-            event, _ = self._leaving.popleft()
-            current.wait_event(event)
-        entry.position = len(self._order)
-        self._order.append(weakref.ref(entry))
-        return flat
-
-    def _arrive(self, entry: Stashed) -> torch.Tensor:
-        current = torch.cuda.current_stream()
-        while self._leaving:  # the backward has begun: nothing leaves any more
-            current.wait_event(self._leaving.popleft()[0])
-        for waiting in reversed(self._order[max(0, entry.position - self.in_flight) : entry.position + 1]):
-            other = waiting()
-            if other is not None and id(other) not in self._arriving:
-                self._arriving[id(other)] = self._begin_arrival(other)
-        done, flat = self._arriving.pop(id(entry))
-        current.wait_event(done)
-        flat.record_stream(current)
-        return entry.shape_of(flat)
-
-    def _begin_arrival(self, entry: Stashed) -> tuple[torch.cuda.Event, torch.Tensor]:
-        """Copy back on the side stream: there it comes after the copy out, and does not wait for the compute."""
-        stream = self._side_stream()
-        with torch.cuda.stream(stream):
-            flat = entry.place.to(entry.device, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(stream)
-        return done, flat
-
 
 class DiskStash(Stash):
     """A temporary file without a name, so that a killed process leaves nothing behind.
 
     Places are given out one after the other and all taken back when the last tensor has returned, which is after each
     backward. Written with `pwrite`: a full disk is an error with a name, where a memory-mapped file would kill the
-    process. CUDA tensors are copied to the host first; the step waits for copies and writes.
+    process. CUDA tensors are copied to the host first; the step waits for copies and writes. Fake tensors have nothing
+    to write: they are counted, and others of their kind come back.
 
     Args:
         directory: Where the file lies; None is the system's temporary directory.
@@ -188,12 +169,15 @@ class DiskStash(Stash):
         self._file: Any = None
         self._end = 0
 
-    def put(self, entry: Stashed, tensor: torch.Tensor) -> int:
-        """Write a tensor into the file; returns where it begins.
+    def put(self, entry: Stashed, tensor: torch.Tensor) -> int | torch.Tensor:
+        """Write a tensor into the file; returns where it begins, of a fake one an empty tensor of its kind.
 
         Raises:
             MemoryExceededError: The disk is full or cannot be written.
         """
+        if is_fake(tensor):
+            super().put(entry, tensor)
+            return tensor.new_empty(0)
         flat = _flat_on_host(tensor, entry)
         offset = self._end
         try:
@@ -217,6 +201,8 @@ class DiskStash(Stash):
         )
 
     def get(self, entry: Stashed) -> torch.Tensor:
+        if isinstance(entry.place, torch.Tensor):
+            return entry.shape_of(entry.place.new_empty(entry.elements))
         flat = torch.empty(entry.elements, dtype=entry.dtype, pin_memory=entry.device.type == "cuda")
         _read_all(self._file.fileno(), _bytes_of(flat), entry.place)
         return entry.shape_of(flat.to(entry.device))

@@ -27,6 +27,7 @@ from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
 from floatline.techniques.optim_steps.partial_step import Chunk, chunks, state_bytes, step_only, tensor_parts
 from floatline.techniques.optim_steps.wrapped import WrappedOptimizer, saved_state_of
+from floatline.techniques.placement import on_host, stands_in
 
 SMALLEST = 4096
 """Bytes below which a piece of state is not worth a transfer."""
@@ -60,7 +61,8 @@ class OptimizerOffload(Technique):
         made: list[OffloadedOptimizer] = []
 
         def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-            made.append(OffloadedOptimizer(optimizer, self.bucket_bytes, HostStore()))
+            store = HostStore(always=stands_in(model, hardware))
+            made.append(OffloadedOptimizer(optimizer, self.bucket_bytes, store))
             return made[-1]
 
         def undo() -> None:
@@ -80,7 +82,7 @@ class HostStore:
     """Moves state between its device and host buffers that are kept.
 
     Args:
-        always: Copy even where the state is on the host already, so that the ways can be tested on a CPU.
+        always: Copy even where the state is on the host already: where CPU tensors stand for a GPU's, and in tests.
     """
 
     def __init__(self, *, always: bool = False) -> None:
@@ -154,7 +156,8 @@ class HostStore:
     def _new_buffer(self, part: torch.Tensor) -> torch.Tensor:
         if not self._worthwhile(part) or (part.device.type == "cpu" and not self.always):
             return part
-        return torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+        with on_host():
+            return torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
 
     @staticmethod
     def _copied(part: torch.Tensor, buffer: torch.Tensor, stream: torch.cuda.Stream | None) -> torch.Tensor:

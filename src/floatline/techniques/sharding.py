@@ -49,8 +49,10 @@ from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.distributed.groups import join_ranks
 from floatline.techniques.distributed.ranks import RankGroup
 from floatline.techniques.distributed.shards import Unit, end_units, local_bytes, plan_units
+from floatline.techniques.distributed.standing_in import ShardsOnHost, telling_of_gathers
 from floatline.techniques.distributed.unshard import Trace
 from floatline.techniques.layers import chosen_layers
+from floatline.techniques.placement import on_host, stands_in
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -103,17 +105,24 @@ class Sharding(Technique):
         islands = _islands(model, policy)
         units, notes = plan_units(model, layers, {name: dict(model.named_modules())[name] for name in islands})
         units += [] if self.layers else end_units(model, units)
-        if self.cpu_offload and device_type == "cpu":
+        plans = stands_in(model, hardware)
+        if self.cpu_offload and device_type == "cpu" and not plans:
             notes.append("cpu_offload changes nothing: the model is on the CPU already")
         notes += _batch_norm_note(model, ranks)
         formats = _Formats(policy, islands, self.gather)
         touched = tuple(name for unit in units for name in unit.modules)
+        undo = _shard(self, model, units, formats, device_type)
+        told: dict[str, Any] = {"during": telling_of_gathers} if plans else {}
+        if plans and self.cpu_offload:
+            shards = ShardsOnHost(model)
+            told |= {"optimizer": shards.optimizer, "update": on_host}
         return Applied(
             technique=self,
             touched=(*touched, ""),
-            undo=_shard(self, model, units, formats, device_type),
+            undo=undo,
             notes=(f"{ranks.size} rank{'s' * (ranks.size > 1)}, {len(units) + 1} units, {formats}", *notes),
             ranks=ranks,
+            **told,
             facts=lambda: {"ranks": ranks.size, "units": len(units) + 1, "local_parameter_bytes": local_bytes(model)},
         )
 

@@ -112,6 +112,10 @@ class Stack:
         """Return the context of one micro-batch's forward, loss and backward."""
         return _entered([applied.during for applied in self.applied])
 
+    def update(self) -> AbstractContextManager[Any]:
+        """Return the context of what follows an update's last backward."""
+        return _entered([applied.update for applied in self.applied])
+
     def split(self, batch: Any) -> list[Any]:
         """Return the micro-batches of a batch; each technique splits what the one before it made."""
         parts = [batch]

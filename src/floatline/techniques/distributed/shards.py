@@ -158,7 +158,7 @@ def laid_out_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def dequantised(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in shards with quantised ones (of low-bit optimizer state) as the fp32 values they stand for."""
-    local = _local(tensor)
+    local = on_this_rank(tensor)
     if type(local) is torch.Tensor or not hasattr(local, "dequantize"):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -208,8 +208,9 @@ def forget_iteration(model: nn.Module) -> bool:
 
 def local_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters that lie on this rank."""
-    return sum(_local(parameter).nbytes for parameter in model.parameters())
+    return sum(on_this_rank(parameter).nbytes for parameter in model.parameters())
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def on_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor in shards; others as they are."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

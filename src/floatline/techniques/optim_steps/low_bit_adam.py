@@ -18,6 +18,7 @@ import torch
 from floatline.techniques.distributed.shards import laid_out_like
 from floatline.techniques.optim_steps.low_bit_state import decode, encode, is_quantised, state_classes, torchao_optim
 from floatline.techniques.optim_steps.wrapped import load_in_place, saved_state_of, share
+from floatline.techniques.placement import within_kernel
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Adam's state tensors, and whether each has signs."""
@@ -32,17 +33,20 @@ class LowBitAdam(torch.optim.Optimizer):
     """What is added to torchao's Adam: a plain learning rate, eager steps, one table for all, state dicts."""
 
     eager: bool
+    stands_for_kernel: bool
     block_size: int
 
-    def prepare(self, *, eager: bool) -> None:
+    def prepare(self, *, eager: bool, stands_for_kernel: bool) -> None:
         """Say how to step; called once, after torchao's own constructor."""
         state_classes()  # makes torchao's tables, which must not happen while tensors are fake
         self.eager = eager
+        self.stands_for_kernel = stands_for_kernel
         self._tables: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
         """Return zero state; all tensors of one kind share the table, which is 1 KiB each otherwise."""
-        made: torch.Tensor = super()._new_buffer(p, signed)  # type: ignore[misc]
+        with within_kernel(False):
+            made: torch.Tensor = super()._new_buffer(p, signed)  # type: ignore[misc]
         return self._with_shared_table(made)
 
     def _with_shared_table(self, value: Any) -> Any:
@@ -57,7 +61,7 @@ class LowBitAdam(torch.optim.Optimizer):
         try:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate if isinstance(rate, torch.Tensor) else torch.tensor(rate, dtype=torch.float32)
-            with self._stance():
+            with self._stance(), within_kernel(self.stands_for_kernel):
                 return super().step(closure)
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
@@ -105,6 +109,7 @@ def to_torchao(
     block_size: int,
     stochastic_rounding: bool,
     eager: bool,
+    stands_for_kernel: bool = False,
 ) -> LowBitAdam:
     """Return torchao's low-bit counterpart of an Adam or AdamW, with the same groups and state objects.
 
@@ -114,6 +119,7 @@ def to_torchao(
         block_size: Values that share a scale.
         stochastic_rounding: Of bf16 weights.
         eager: Do not compile the step.
+        stands_for_kernel: The eager step stands for a compiled one, whose intermediates have no memory.
     """
     suffix = "Fp8" if bits == "fp8" else f"{bits}bit"
     base = getattr(torchao_optim(), f"Adam{'W' if is_adamw(optimizer) else ''}{suffix}")
@@ -128,7 +134,7 @@ def to_torchao(
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     share(made, optimizer)
-    made.prepare(eager=eager)
+    made.prepare(eager=eager, stands_for_kernel=stands_for_kernel)
     for parameter, state in made.state.items():
         state.update({key: made.quantised(parameter, key, state[key]) for key in MOMENTS if key in state})
     return made

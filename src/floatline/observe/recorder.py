@@ -1,0 +1,234 @@
+"""The memory recorder: every storage's birth and death while a program runs on fake tensors.
+
+Each op's results are looked at: a storage that was not there before is an allocation, the death of the last tensor
+that holds it a release (`weakref.finalize` on the storage). Where in the program that happens is known from outside:
+
+    module    global forward hooks keep a stack of the modules that run; ops of the backward belong to the module whose
+              forward made the autograd node (torch numbers the nodes; the number is noted at each forward op)
+    phase     an autograd node that is running means backward; what comes after it is clipping and the optimizer
+    category  what a storage turned out to be for: looked up in the model, its gradients and the optimizer's state; what
+              a forward leaves alive for the backward is an activation
+
+What kernels allocate inside of an op and free again (scratch.py) is recorded as a workspace around its results.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from floatline.observe.cost import cost_of
+from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
+from floatline.observe.fake import Faking, tensors_in
+
+Scratch = Callable[[Any, Any, Any, Any], int]
+"""(op, args, kwargs, result) -> bytes that the kernel allocates and frees again."""
+
+
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that a tensor subclass (low-bit state, shards) is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+class Recorder(Faking):
+    """Records allocations of all ops that run under it.
+
+    Args:
+        fake_mode: The mode below.
+        scratch: What kernels allocate inside.
+        on_host: () -> whether allocations go to host memory now.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode, scratch: Scratch, on_host: Callable[[], bool]) -> None:
+        super().__init__(fake_mode)
+        self.trace = Trace()
+        self.scratch, self.on_host = scratch, on_host
+        self.update = -1
+        self.phase = Phase.START
+        self.modules: list[str] = [""]
+        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
+        self._made_by: dict[int, str] = {}  # number of an autograd node -> module
+        self._gradients_of: nn.Module | None = None
+        self._settled = 0
+        self.vocabulary = 0
+
+    def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        phase, module = self._place()
+        name = func._schema.name.replace("::", ".")
+        born = False
+        for tensor in tensors_in(out):
+            born |= self._born(tensor, name, phase, module)
+        if func.is_view:
+            return
+        if born and (extra := self.scratch(func, args, kwargs, out)):
+            self._passing(extra, name, phase, module)
+        if self.update >= 0:
+            self._add_cost(func, args, kwargs, out, phase, name)
+
+    def _place(self) -> tuple[Phase, str]:
+        """Return the phase and the module that the present op belongs to."""
+        node = torch._C._current_autograd_node()
+        inside = len(self.modules) > 1
+        if node is not None:
+            if not inside and self.phase is Phase.FORWARD:
+                self._end_forward()
+            return Phase.BACKWARD, self.modules[-1] if inside else self._made_by.get(node._sequence_nr(), "")
+        if self._gradients_of is not None and self.phase is Phase.OPTIMIZER:
+            model, self._gradients_of = self._gradients_of, None
+            self.enroll_gradients(model)
+        if torch.is_grad_enabled():
+            self._made_by[torch.autograd._get_sequence_nr() - 1] = self.modules[-1]
+        return self.phase, self.modules[-1]
+
+    def begin(self, update: int) -> None:
+        """Called before each update; costs are kept of the last one."""
+        self.update, self.phase = update, Phase.FORWARD
+        self.trace.begins.append(len(self.trace.events))
+        self.trace.costs.clear()
+        self._made_by.clear()
+        self._settled = len(self.trace.storages)
+
+    def begin_forward(self, model: nn.Module) -> None:
+        """Called when the whole model's forward begins."""
+        self.phase, self._gradients_of = Phase.FORWARD, model
+
+    def _end_forward(self) -> None:
+        """What the forward allocated and is dead by now was temporary; the rest waits for the backward."""
+        alive = set(self._numbers.values())
+        for number in range(self._settled, len(self.trace.storages)):
+            made = self.trace.storages[number]
+            if made.category is Category.ACTIVATION and number not in alive:
+                made.category = Category.TEMPORARY
+        self._settled = len(self.trace.storages)
+        self.phase = Phase.OPTIMIZER  # of what comes after the backward, until the next forward
+
+    def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str) -> bool:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        nbytes = 0 if address in self._numbers else storage.nbytes()
+        if not nbytes:
+            return False
+        made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, self.on_host())
+        number = len(self.trace.storages)
+        self.trace.storages.append(made)
+        self._events_of(made).append((number, nbytes))
+        self._numbers[address] = number
+        weakref.finalize(storage, self._died, address, made).atexit = False
+        return True
+
+    def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
+        """Return what a storage seems to be for when it is born."""
+        if phase is Phase.FORWARD or (phase is Phase.BACKWARD and len(self.modules) > 1):  # or computed again
+            wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point()
+            return Category.LOGITS if wide else Category.ACTIVATION
+        return Category.TEMPORARY
+
+    def _died(self, address: int, made: Storage) -> None:
+        number = self._numbers.get(address)
+        if number is not None and self.trace.storages[number] is made:
+            del self._numbers[address]
+            self._events_of(made).append((number, -made.nbytes))
+
+    def _events_of(self, made: Storage) -> list[tuple[int, int]]:
+        return self.trace.host_events if made.host else self.trace.events
+
+    def _passing(self, nbytes: int, op: str, phase: Phase, module: str) -> None:
+        number = len(self.trace.storages)
+        self.trace.storages.append(Storage(nbytes, Category.WORKSPACE, module, op, phase, self.update))
+        self.trace.events += [(number, nbytes), (number, -nbytes)]
+
+    def _add_cost(self, func: Any, args: Any, kwargs: Any, out: Any, phase: Phase, name: str) -> None:
+        flops, nbytes, dtype = cost_of(func, args, kwargs, out)
+        key = (phase, name, dtype, flops, nbytes)
+        cost = self.trace.costs.get(key)
+        if cost is None:
+            cost = self.trace.costs[key] = OpCost()
+        cost.calls += 1
+        cost.flops += flops
+        cost.nbytes += nbytes
+
+    # What a storage is for
+
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the number of a tensor's storage, None for one that was never seen."""
+        return self._numbers.get(tensor.untyped_storage()._cdata)
+
+    def enroll(self, tensors: Any, category: Category, op: str = "") -> None:
+        """Record tensors that came into being outside of an op (a batch, a copied model), and say what they are for."""
+        for tensor in tensors:
+            for part in plain_parts(tensor):
+                self._born(part, op or category.value, self.phase, self.modules[-1])
+                number = self.number_of(part)
+                if number is not None:
+                    self.trace.storages[number].category = category
+
+    def enroll_model(self, model: nn.Module) -> None:
+        """Say which storages are the model's, by module; called again it finds what techniques have added."""
+        for name, module in model.named_modules():
+            self.modules.append(name)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.enroll([parameter], Category.PARAMETER)
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self.enroll([buffer], Category.BUFFER)
+            self.modules.pop()
+
+    def enroll_batch(self, batch: Any) -> None:
+        self.enroll((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), Category.INPUT)
+
+    def enroll_gradients(self, model: nn.Module) -> None:
+        self.enroll([p.grad for p in model.parameters() if p.grad is not None], Category.GRADIENT)
+
+    def enroll_state(self, optimizer: torch.optim.Optimizer) -> None:
+        states = (value for state in optimizer.state.values() for value in state.values())
+        self.enroll([value for value in states if isinstance(value, torch.Tensor)], Category.OPTIMIZER)
+
+    def restart(self) -> None:
+        """Begin the trace anew with what is alive now, in the order in which it was made."""
+        old, alive = self.trace, sorted(self._numbers.items(), key=lambda item: item[1])
+        self.trace = Trace()
+        self._numbers.clear()
+        for address, number in alive:
+            made = old.storages[number]
+            made.phase = Phase.START
+            self._numbers[address] = len(self.trace.storages)
+            self._events_of(made).append((len(self.trace.storages), made.nbytes))
+            self.trace.storages.append(made)
+
+
+@contextmanager
+def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keep `recorder.modules` at the dotted name of the module whose forward runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module is model:
+            recorder.begin_forward(model)
+        recorder.modules.append(names.get(id(module), recorder.modules[-1]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if len(recorder.modules) > 1:
+            recorder.modules.pop()
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,147 @@
+"""Trace two updates of the one step, or one inference, on fake tensors: the planner's eyes.
+
+The model is built, techniques and precision are applied, and `TrainStep` runs, all of it the program that will train;
+only the tensors have no data. The second update is the one that counts: in the first, optimizer state does not exist
+yet. A recorder writes down what would be allocated (recorder.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from floatline.errors import ConfigError
+from floatline.hardware import Hardware, resolve
+from floatline.observe.events import Phase, Trace
+from floatline.observe.fake import fake_batch, fake_model, faking
+from floatline.observe.recorder import Recorder, module_names
+from floatline.observe.scratch import scratch_of
+from floatline.precision import Policy, apply_precision
+from floatline.precision import resolve as resolve_precision
+from floatline.step import TrainStep, Workload
+from floatline.step.batch import call_model
+from floatline.techniques import Technique
+
+MODES = ("train", "inference")
+MOST_TRACED = 2
+"""Micro-batches of one update that are run."""
+
+
+def trace(
+    work: Workload,
+    *,
+    hardware: str | Hardware = "auto",
+    precision: str | Policy = "auto",
+    techniques: Sequence[Technique | str] = (),
+    mode: str = "train",
+    max_grad_norm: float | None = 1.0,
+    updates: int = 2,
+) -> Trace:
+    """Return what `updates` updates of `work` would allocate on `hardware`, without its memory or the GPU.
+
+    Args:
+        work: What to train; factories are called under fake tensors, modules and batches are copied without data.
+        hardware: Whose rules apply: a catalog name, facts, or "auto" for this machine.
+        precision: As for `TrainStep`.
+        techniques: As for `TrainStep`.
+        mode: "train" or "inference" (forward without gradients).
+        max_grad_norm: As for `TrainStep`.
+        updates: How many; from the second on optimizer state exists.
+
+    Raises:
+        ConfigError: An unknown mode, or what `TrainStep` refuses.
+        ModelError: The model cannot run without values (fake.py).
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode is {mode!r}", hint=f"allowed: {', '.join(MODES)}")
+    hardware = resolve(hardware)
+    with _recording(hardware) as recorder:
+        model = fake_model(work.model, recorder)
+        batch = _built_batch(work)
+        if mode == "inference":
+            _infer(recorder, model, batch, precision, hardware)
+        else:
+            step = TrainStep(
+                model,
+                work.optimizer,
+                precision,
+                work.loss,
+                max_grad_norm,
+                techniques=techniques,
+                **({"hardware": hardware} if hardware.kind == "cuda" else {}),
+            )
+            recorder.trace.notes += step.stack.notes
+            _update(recorder, step, batch, updates)
+    return recorder.trace
+
+
+@contextmanager
+def _recording(hardware: Hardware) -> Iterator[Recorder]:
+    with ExitStack() as stack:
+        scratch = scratch_of(hardware)
+        recorder = stack.enter_context(faking(lambda mode: Recorder(mode, scratch, lambda: False)))
+        assert isinstance(recorder, Recorder)
+        yield recorder
+        recorder.trace.assumptions = list(recorder.assumptions)
+
+
+def _built_batch(work: Workload) -> Any:
+    """The batch is made for real: it is small, and making it may need other libraries."""
+    with _disable_current_modes(), unset_fake_temporarily():
+        return work.build_batch()
+
+
+def _start(recorder: Recorder, model: nn.Module) -> None:
+    """Begin the record with the model in its place."""
+    recorder.restart()
+    recorder.enroll_model(model)
+    recorder.vocabulary = _vocabulary(model)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return the width of the logits of a language model, 0 for other models."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        return int(weight.shape[0])
+    return int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0)
+
+
+def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> None:
+    """Run the updates. Of many micro-batches two are run: from the second on each finds the same memory."""
+    model = step.model
+    _start(recorder, model)
+    with module_names(model, recorder):
+        for update in range(updates):
+            recorder.begin(update)
+            ready = fake_batch(batch, recorder)
+            recorder.enroll_batch(ready)
+            parts = ready if isinstance(ready, list) else step.stack.split(ready)
+            recorder.enroll_batch(parts)
+            step(parts[:MOST_TRACED])
+            recorder.trace.micro_batches = len(parts)
+            recorder.phase = Phase.BETWEEN
+            recorder.enroll_state(step.optimizer)
+            recorder.enroll_model(model)
+            del ready, parts
+    traced = min(MOST_TRACED, recorder.trace.micro_batches)
+    recorder.trace.stretch(recorder.trace.micro_batches / traced)
+
+
+def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, hardware: Hardware) -> None:
+    policy = resolve_precision(precision, hardware).policy
+    applied = apply_precision(model.eval(), policy)
+    _start(recorder, model)
+    with module_names(model, recorder), torch.no_grad(), applied.autocast():
+        recorder.begin(0)
+        ready = fake_batch(batch, recorder)
+        recorder.enroll_batch(ready)
+        output = call_model(model, ready)
+        recorder.phase = Phase.BETWEEN
+        del output

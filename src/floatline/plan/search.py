@@ -1,0 +1,146 @@
+"""Climb the ladder until the run fits, then take off what is not needed.
+
+The fastest plan is the one with the fewest dear techniques. So they are added in the order of what they cost in time;
+one that saves nothing here is left out again. When the run fits, each one below the last is taken off on trial, dearest
+first, and stays off where the run fits without it; then micro-batches grow as far as they fit. Every trial is a trace
+of the real step, none is a formula.
+
+It is a greedy search: it finds a plan from which nothing can be left out, not the best of all combinations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from floatline.errors import ConfigError
+from floatline.plan.estimate import Estimate
+from floatline.plan.ladder import Candidate, Rejected, Rung, candidates
+from floatline.plan.probe import Probe
+from floatline.techniques import Technique, make_technique
+
+Attempt = Callable[[Sequence[Technique]], Estimate]
+SAVES_NOTHING = 0.005
+"""Share of the peak below which a technique is left out again."""
+
+
+@dataclass
+class Found:
+    """What a search came to.
+
+    Attributes:
+        techniques: Those of the plan, the caller's fixed ones among them.
+        estimate: With them.
+        ladder: What was tried, rung by rung.
+        rejected: What is not in the plan, and why.
+    """
+
+    techniques: list[Technique]
+    estimate: Estimate
+    ladder: list[Rung] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def climb(probe: Probe, attempt: Attempt, fixed: Sequence[Technique], exclude: Sequence[str], exact: bool) -> Found:
+    """Search for the fastest combination that fits.
+
+    Args:
+        probe: Facts about the workload.
+        attempt: Techniques -> estimate.
+        fixed: What the caller has chosen; it stays.
+        exclude: Names of techniques that must not be used.
+        exact: Leave out what changes the numbers of training.
+    """
+    bottom = attempt(fixed)
+    found = Found(list(fixed), bottom, [Rung(added="", estimate=bottom, saved=0, slowdown=1.0)])
+    taken = {technique.name for technique in fixed}
+    for candidate in candidates(probe):
+        if found.estimate.fit:
+            break
+        if candidate.name in taken:
+            continue
+        reason = _excluded(candidate, exclude, exact) or candidate.worth(probe, found.estimate)
+        if reason:
+            _reject(found, candidate.name, reason)
+            continue
+        _try(found, candidate, attempt)
+    if found.estimate.fit:
+        _prune(found, attempt, len(fixed))
+        _widen(found, attempt, probe)
+    _say_unneeded(found, probe, taken)
+    return found
+
+
+def _excluded(candidate: Candidate, exclude: Sequence[str], exact: bool) -> str:
+    if candidate.name in exclude:
+        return "excluded by you"
+    return f"changes the numbers ({candidate.changes})" if exact and candidate.changes else ""
+
+
+def _try(found: Found, candidate: Candidate, attempt: Attempt) -> None:
+    technique = make_technique(candidate.text)
+    others = [other for other in found.techniques if other.name != technique.name]
+    try:
+        estimate = attempt([*others, technique])
+    except ConfigError as error:
+        _reject(found, candidate.name, error.message)
+        return
+    before = found.estimate
+    saved = before.peak_total - estimate.peak_total
+    kept = saved > SAVES_NOTHING * before.peak_total
+    slowdown = estimate.time.seconds / found.ladder[0].estimate.time.seconds
+    found.ladder.append(Rung(added=str(technique), estimate=estimate, saved=saved, slowdown=slowdown, kept=kept))
+    if kept:
+        found.techniques, found.estimate = [*others, technique], estimate
+    else:
+        where = f"the peak lies in {before.timeline.op} of {before.timeline.module or 'the top'}"
+        _reject(found, candidate.name, f"saves {max(0, saved) / 2**20:.0f} MiB here: {where}")
+
+
+def _prune(found: Found, attempt: Attempt, fixed: int) -> None:
+    """Take off what the run fits without, the dearest first; the last one added was needed."""
+    cost = {rung.added: rung.slowdown for rung in found.ladder}
+    trials = sorted(found.techniques[fixed:-1], key=lambda technique: -cost.get(str(technique), 1.0))
+    for technique in trials:
+        if technique.name == "accumulation":  # it is widened instead
+            continue
+        rest = [other for other in found.techniques if other is not technique]
+        estimate = attempt(rest)
+        if estimate.fit:
+            found.techniques, found.estimate = rest, estimate
+            _reject(found, technique.name, "the run fits without it, with what came after it on the ladder")
+
+
+def _widen(found: Found, attempt: Attempt, probe: Probe) -> None:
+    """Cut the batch into as few micro-batches as fit."""
+    at = next((i for i, t in enumerate(found.techniques) if t.name == "accumulation"), None)
+    if at is None or not any(rung.added.startswith("accumulation") for rung in found.ladder):
+        return
+    fewest, most = 1, int(found.techniques[at].micro_batches)  # type: ignore[attr-defined]
+    while fewest < most:
+        middle = (fewest + most) // 2
+        trial = list(found.techniques)
+        trial[at] = replace(trial[at], micro_batches=middle)  # type: ignore[call-arg]
+        estimate = attempt(trial if middle > 1 else trial[:at] + trial[at + 1 :])
+        if estimate.fit:
+            most = middle
+            found.techniques, found.estimate = trial if middle > 1 else trial[:at] + trial[at + 1 :], estimate
+            if middle == 1:
+                return
+        else:
+            fewest = middle + 1
+
+
+def _reject(found: Found, name: str, reason: str) -> None:
+    found.rejected = [other for other in found.rejected if other.name != name]
+    found.rejected.append(Rejected(name=name, reason=reason))
+
+
+def _say_unneeded(found: Found, probe: Probe, fixed: set[str]) -> None:
+    used = {technique.name for technique in found.techniques}
+    known = {rejected.name for rejected in found.rejected}
+    found.rejected = [rejected for rejected in found.rejected if rejected.name not in used]
+    for candidate in candidates(probe):
+        if found.estimate.fit and candidate.name not in used | known:
+            known.add(candidate.name)
+            found.rejected.append(Rejected(name=candidate.name, reason="not needed, the run fits without it"))

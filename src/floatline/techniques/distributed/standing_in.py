@@ -1,0 +1,80 @@
+"""What a sharded model's watcher must be told where CPU tensors stand for a GPU's.
+
+FSDP2 frees a gathered weight by resizing its storage to nothing, and gathers into it again: no operation shows that.
+And under its offload to CPU the shards, their gradients and the update are on the host, which on CPU tensors is no
+move at all. Here both are told (placement.py), and nothing is computed otherwise.
+
+Not covered: the copy of a shard on its way from the host into a gather, a layer's share at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+
+import torch
+from torch import nn
+
+from floatline.techniques.distributed.shards import on_this_rank
+from floatline.techniques.placement import moved_to_host, resized
+
+
+@contextmanager
+def telling_of_gathers() -> Iterator[None]:
+    """Context in which FSDP2 tells of each storage that it frees or allocates by resizing."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    with ExitStack() as stack:
+        for module in (_fsdp_param, _fsdp_param_group):
+            for name in ("alloc_storage", "free_storage"):
+                function = getattr(module, name, None)
+                if function is not None:
+                    setattr(module, name, _telling(function))
+                    stack.callback(setattr, module, name, function)
+        yield
+
+
+def _telling(function: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    @wraps(function)
+    def told(tensor: torch.Tensor) -> None:
+        before = tensor.untyped_storage().size()
+        function(tensor)
+        if tensor.untyped_storage().size() != before:
+            resized(tensor)
+
+    return told
+
+
+class ShardsOnHost:
+    """Tells that the shards of a model, and the gradients that reach them, lie in host memory; the step's update runs
+    in `placement.on_host`.
+
+    Args:
+        model: Sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handles = []
+        for parameter in model.parameters():
+            moved_to_host(on_this_rank(parameter.detach()))
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_gradient_moved))
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Tell that what an optimizer steps is on the host: shards, or masters that were made of them."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                moved_to_host(on_this_rank(parameter.detach()))
+        return optimizer
+
+    def remove(self) -> None:
+        """Tell no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _gradient_moved(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        moved_to_host(on_this_rank(parameter.grad))
