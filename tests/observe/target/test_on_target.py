@@ -7,9 +7,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+import floatline as fl
 import zoo
 from floatline.hardware import Hardware, lookup
 from floatline.observe.target import on_target
+from floatline.observe.trace import trace
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNELS = {"t4": "efficient", "a100": "flash", "h100": "cudnn"}
@@ -82,6 +84,25 @@ def test_qwen3_vl_on_fake_tensors_after_its_integers():
         out.float().sum().backward()
     assert "_scaled_dot_product_flash_attention_backward" in ops.names
     assert "_fused_rms_norm_backward" not in ops.names  # Hugging Face writes the norm out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "kernels"),
+    [
+        ("t4", "16-mixed", {"efficient"}),
+        ("a100", "bf16-mixed", {"flash", "efficient"}),
+        ("h100", "bf16-true", {"cudnn"}),
+    ],
+)
+def test_qwen3_vl_with_images_is_traced_with_the_gpus_kernels(gpu, precision, kernels):
+    """The tower's attention has no mask, the text's has one for its padding, which flash does not take."""
+    case = next(case for case in zoo.CASES if case.name == "qwen3_vl")
+    work = fl.Workload(model=case.build, batch=lambda: case.batch(0), optimizer=torch.optim.AdamW)
+    with on_target(lookup(gpu)):
+        ops = {op.removeprefix("aten.") for _, op, *_ in trace(work, hardware=gpu, precision=precision).costs}
+    backwards = {f"_scaled_dot_product_{kernel}_attention_backward" for kernel in kernels}
+    assert {op for op in ops if op.startswith("_scaled_dot_product") and op.endswith("_backward")} == backwards
+    assert "_foreach_sqrt" in ops
 
 
 def test_an_island_without_autocast_stays_fp32():
