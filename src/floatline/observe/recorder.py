@@ -38,8 +38,10 @@ Scratch = Callable[[Any, Any, Any, Any], int]
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the plain tensors that a tensor subclass (low-bit state, shards) is made of."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_parts(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, torch.Tensor):  # a sharded tensor also names its mesh
+                yield from plain_parts(part)
     else:
         yield tensor
 
