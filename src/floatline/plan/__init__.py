@@ -1,0 +1,1 @@
+"""The planner: will it fit, and with what."""

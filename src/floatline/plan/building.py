@@ -1,0 +1,67 @@
+"""Build a transformers model from its config: for real, on the meta device, or under fake tensors.
+
+Under a fake mode the weights are not initialised: there is nothing to initialise, and some initialisers read
+values back (a truncated normal looks at its bounds). For real they are, so that a run on a plan's workload trains.
+Weights of a checkpoint are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from floatline.plan.inputs.layout import real
+
+
+def model_factory(cls: Any, config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """Return a factory of the model that `config` describes, without a cache of keys and values.
+
+    Args:
+        cls: A transformers model class.
+        config: Its config; each model gets a copy of its own.
+        dtype: Format of the weights.
+    """
+
+    def build() -> nn.Module:
+        return _without_values(cls, config, dtype) if faked() else _plain(cls, config, dtype)
+
+    return build
+
+
+def on_meta(cls: Any, config: Any) -> nn.Module:
+    """Return the model on the meta device: shapes without memory, also inside a fake mode."""
+    with real(), torch.device("meta"):
+        return _plain(cls, config, torch.float32)
+
+
+def count_parameters(cls: Any, config: Any) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in on_meta(cls, config).parameters())
+
+
+def faked() -> bool:
+    """Say whether a tensor made now would be fake; it asks for 4 MiB that nothing ever touches."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(torch.empty(1 << 20), FakeTensor)
+
+
+def _plain(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    own = deepcopy(config)
+    for part in (own, own.get_text_config()):
+        part.use_cache = False
+    model: nn.Module = cls._from_config(own, dtype=dtype)
+    return model.train()
+
+
+def _without_values(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model: Any = _plain(cls, config, dtype)
+    model.tie_weights()  # transformers ties where it initialises, so skipping one skips the other
+    return model
