@@ -16,9 +16,14 @@ from torch import nn
 
 from floatline.plan.inputs.layout import real
 
+LAYER_DROP = frozenset({"layerdrop", "encoder_layerdrop", "decoder_layerdrop"})
+"""Keys of the chance that a layer is skipped in an update. A plan counts the update in which none is."""
+
 
 def model_factory(cls: Any, config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
     """Return a factory of the model that `config` describes, without a cache of keys and values.
+
+    No layer is skipped at random (layer drop), so that the largest update is the one that is planned.
 
     Args:
         cls: A transformers model class.
@@ -43,6 +48,11 @@ def count_parameters(cls: Any, config: Any) -> int:
     return sum(parameter.numel() for parameter in on_meta(cls, config).parameters())
 
 
+def drops_layers(config: Any) -> bool:
+    """Say whether training a config skips layers at random."""
+    return any(getattr(config, key, 0.0) > 0 for key in LAYER_DROP)
+
+
 def faked() -> bool:
     """Say whether a tensor made now would be fake; it asks for 4 MiB that nothing ever touches."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -54,6 +64,9 @@ def _plain(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     own = deepcopy(config)
     for part in (own, own.get_text_config()):
         part.use_cache = False
+    for key in LAYER_DROP & set(vars(own)):
+        setattr(own, key, 0.0)
+    _fill_tokens(own, cls)
     model: nn.Module = cls._from_config(own, dtype=dtype)
     return model.train()
 
@@ -65,3 +78,12 @@ def _without_values(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
         model: Any = _plain(cls, config, dtype)
     model.tie_weights()  # transformers ties where it initialises, so skipping one skips the other
     return model
+
+
+def _fill_tokens(config: Any, cls: Any) -> None:
+    """Give a config the ids that a forward asks for and some checkpoints keep elsewhere; any id weighs the same."""
+    padding = getattr(config, "pad_token_id", None)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = padding or 0
+    if cls.__name__.endswith("ForSequenceClassification") and padding is None:
+        config.get_text_config().pad_token_id = config.get_text_config().vocab_size - 1

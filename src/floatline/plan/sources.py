@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from floatline.errors import ConfigError
-from floatline.plan.building import count_parameters, model_factory
+from floatline.plan.building import count_parameters, drops_layers, model_factory
 from floatline.plan.configs import Found, find_config, load_transformers
 from floatline.plan.functions import call_for_workload, load_function
 from floatline.plan.inputs.audio import lay_out_speech, lay_out_waveform
@@ -30,6 +30,8 @@ from floatline.plan.inputs.vision_language import lay_out_vision_language
 from floatline.plan.shape import Filling, Shape, SizeChoice
 from floatline.plan.tasks import Training, choose_training
 from floatline.step.workload import Workload
+
+LAYER_DROP_OFF = "no layer is skipped at random, though the config asks for it: the largest update is planned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,7 @@ def _from_config(found: Found, shape: Shape, task: str | None, dtype: torch.dtyp
     build = model_factory(training.cls, found.config, dtype)
     counted = lru_cache(maxsize=1)(lambda: count_parameters(training.cls, found.config))
     declared = _declared_dtype(found.config)
+    dropping = LAYER_DROP_OFF if drops_layers(found.config) else ""
 
     def lay_out(shape: Shape) -> Source:
         layout = _layout(Filling(shape, found.name), found, training)
@@ -147,7 +150,7 @@ def _from_config(found: Found, shape: Shape, task: str | None, dtype: torch.dtyp
             dtype=declared,
             limits=layout.limits,
             choices=layout.choices,
-            notes=tuple(note for note in (*found.notes, training.note, *layout.notes) if note),
+            notes=tuple(note for note in (*found.notes, training.note, dropping, *layout.notes) if note),
             facts=layout.facts,
             lay_out=lay_out,
             count=counted,

@@ -17,7 +17,7 @@ from floatline.plan.inputs.layout import Layout, class_ids, noise, special_ids, 
 from floatline.plan.shape import Filling
 
 RATE = 16_000
-WHISPER_SECONDS = 30
+FEATURES_A_SECOND = 100
 LETTERS_A_SECOND = 15
 
 
@@ -27,11 +27,12 @@ def lay_out_speech(filling: Filling, config: Any, cls: type) -> Layout:
     if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions") or _waveform(cls):
         raise _unknown(filling)
     frames = 2 * config.max_source_positions
-    seconds = filling.take("seconds", WHISPER_SECONDS, "every sample is padded or cut to that")
-    if seconds > WHISPER_SECONDS:
+    whole = frames / FEATURES_A_SECOND
+    seconds = filling.take("seconds", whole, "every sample is padded or cut to that")
+    if seconds > whole:
         raise ConfigError(
-            f"seconds={seconds:g} is over the {WHISPER_SECONDS} s that {filling.model} hears at once",
-            hint=f"use seconds={WHISPER_SECONDS}: longer audio is cut into samples of that length",
+            f"seconds={seconds:g} is over the {whole:g} s that {filling.model} hears at once",
+            hint=f"use seconds={whole:g}: longer audio is cut into samples of that length",
         )
     if filling.shape.seq is not None:
         filling.take("target", filling.shape.seq, "seq counts the tokens of a speech model's transcript")
@@ -47,11 +48,11 @@ def lay_out_speech(filling: Filling, config: Any, cls: type) -> Layout:
         features = noise(batch, config.num_mel_bins, frames)
         return {"input_features": features, "labels": token_ids(batch, target, config.vocab_size, special)}
 
-    padded = f"samples of {seconds:g} s are padded to {WHISPER_SECONDS} s" if seconds < WHISPER_SECONDS else ""
+    padded = f"samples of {seconds:g} s are padded to {whole:g} s" if seconds < whole else ""
     return Layout(
         shape=filling.shape,
         batch=make,
-        limits={"target": limit, "seconds": WHISPER_SECONDS},
+        limits={"target": limit},
         choices=tuple(filling.choices),
         notes=(padded,) if padded else (),
         facts={"tokens": target, "frames": frames},

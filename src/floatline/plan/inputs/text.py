@@ -47,6 +47,13 @@ def lay_out_text(filling: Filling, config: Any, task: str, kind: str) -> Layout:
     )
 
 
+def _classes(ids: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int):
+        ids[:, -1] = end  # encoder-decoders classify at the end token and refuse a row without one
+    return {"labels": class_ids(len(ids), config.num_labels)}
+
+
 def _spans(ids: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
     starts = class_ids(ids.shape[0], ids.shape[1])
     return {"start_positions": starts, "end_positions": starts.clone()}
@@ -55,7 +62,7 @@ def _spans(ids: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
 _LABELS: dict[str, Callable[[torch.Tensor, Any], dict[str, torch.Tensor]]] = {
     "causal-lm": lambda ids, config: {"labels": ids.clone()},
     "masked-lm": lambda ids, config: {"labels": masked_labels(ids)},
-    "sequence-classification": lambda ids, config: {"labels": class_ids(len(ids), config.num_labels)},
+    "sequence-classification": _classes,
     "token-classification": lambda ids, config: {"labels": ids % config.num_labels},
     "question-answering": _spans,
 }

@@ -117,7 +117,7 @@ class _Composer:
     """Writes the images into rows of text ids."""
 
     def __init__(self, config: Any, cls: Any, count: int, images: Images) -> None:
-        self.token = getattr(config, "image_token_id", None)
+        self.token: Any = getattr(config, "image_token_id", None)
         self.count, self.images = count, images
         self.paligemma = config.model_type == "paligemma"
         takes = inspect.signature(cls.forward).parameters
@@ -131,7 +131,7 @@ class _Composer:
             ids[:, : len(head)] = head
             labels = ids.clone()
             labels[:, : len(head)] = IGNORED
-            shown = torch.eq(ids, self.token).long() if self.count else torch.zeros_like(ids)
+            shown = (ids == self.token).to(torch.int64) if self.count else torch.zeros_like(ids)
             # PaliGemma's kinds tell the prefix (0) from the text to learn (1), the others' images (1) from text (0)
             kinds = (labels != IGNORED).long() if self.paligemma else shown
         return {"input_ids": ids, "labels": labels} | ({self.kinds: kinds} if self.kinds else {})
@@ -156,7 +156,7 @@ def _packed(filling: Filling, config: Any, processor: Mapping[str, Any]) -> Imag
     height, width = to_blocks(image, block, least, most)
     rows, columns = height // vision.patch_size, width // vision.patch_size
     depth = getattr(vision, "temporal_patch_size", 1)  # a still image is repeated over the frames of a patch
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+    channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
 
     def tensors(samples: int, images: int) -> dict[str, torch.Tensor]:
         one = noise(1, rows * columns, channels * depth * vision.patch_size**2)
