@@ -7,6 +7,7 @@ import torch
 from tiny_configs import CONFIGS, model_directory
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from floatline.errors import ModelError
 from floatline.plan.bundled import bundled_names, describe
 from floatline.plan.sources import load_source
 
@@ -41,6 +42,18 @@ def test_a_real_model_is_initialised_and_trains_without_a_cache(tmp_path):
     model = load_source(model_directory(tmp_path, "llama")).work.build_model()
     assert model.training and model.config.use_cache is False
     assert 0.01 < model.lm_head.weight.std() < 0.03
+
+
+def test_a_config_that_cannot_be_built_is_a_clear_error(tmp_path):
+    work = load_source(model_directory(tmp_path, "gpt2", activation_function="wobble")).work
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel cannot be built from its config: .*wobble"):
+        work.build_model()
+
+
+def test_weights_beside_a_config_are_never_read(tmp_path):
+    path = model_directory(tmp_path, "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"not weights")
+    assert load_source(path).work.build_model() is not None
 
 
 def test_no_layer_is_skipped_at_random_and_that_is_told(tmp_path):

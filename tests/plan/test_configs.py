@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_configs import CONFIGS, model_directory
 
-from floatline.errors import ModelError
+from floatline.errors import ConfigError, ModelError
 from floatline.plan.configs import find_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -144,6 +144,15 @@ def test_an_unknown_type_names_the_version_of_transformers(tmp_path):
 def test_a_config_that_contradicts_itself_is_refused(tmp_path):
     error = refused(model_directory(tmp_path, "llama", hidden_size="wide"))
     assert "is no config of a llama" in error.message
+
+
+def test_without_transformers_the_way_out_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="needs transformers, which is not installed") as caught:
+        find_config("gpt2")
+    assert 'pip install "floatline[train]"' in caught.value.hint
 
 
 def test_a_quantised_checkpoint_is_told(tmp_path):

@@ -6,7 +6,7 @@ from tiny_configs import model_directory
 
 from floatline.plan.building import model_factory
 from floatline.plan.configs import find_config
-from floatline.plan.positions import position_limit
+from floatline.plan.positions import position_limit, text_config
 from floatline.plan.tasks import choose_training
 
 
@@ -34,3 +34,11 @@ def test_the_key_is_named(tmp_path):
         64,
         "max_position_embeddings less 2",
     )
+
+
+def test_of_a_text_encoder_and_a_text_decoder_the_decoder_counts():
+    from transformers import MusicgenConfig, MusicgenDecoderConfig, T5Config
+    from transformers.models.encodec import EncodecConfig
+
+    config = MusicgenConfig(text_encoder=T5Config(), audio_encoder=EncodecConfig(), decoder=MusicgenDecoderConfig())
+    assert text_config(config).model_type == "musicgen_decoder"

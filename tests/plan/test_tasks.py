@@ -1,10 +1,13 @@
 """Tasks: the class a config names, the usual head where it names none that trains, and what is asked for."""
 
 import pytest
+import torch
 from tiny_configs import CONFIGS, model_directory
 
 from floatline.errors import ConfigError, ModelError
 from floatline.plan.configs import find_config
+from floatline.plan.shape import Shape
+from floatline.plan.sources import load_source
 from floatline.plan.tasks import TASKS, _mapping, choose_training
 
 
@@ -57,6 +60,14 @@ def test_a_model_that_fits_no_task_is_refused(tmp_path):
     finally:
         del CONFIGS["detr"]
     assert "module:function" in caught.value.hint
+
+
+def test_a_text_head_of_a_larger_model_is_made_of_the_texts_part(tmp_path):
+    path = model_directory(tmp_path, "gemma3", architectures=["Gemma3ForCausalLM"])
+    source = load_source(path, Shape(seq=12))
+    model = source.work.build_model()
+    assert source.task == "causal-lm" and type(model.config).__name__ == "Gemma3TextConfig"
+    assert torch.isfinite(model(**source.work.build_batch()).loss)
 
 
 def test_every_task_has_a_table_in_the_installed_transformers():

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from floatline.errors import ModelError
 from floatline.plan.inputs.layout import real
+from floatline.plan.positions import text_config
 
 LAYER_DROP = frozenset({"layerdrop", "encoder_layerdrop", "decoder_layerdrop"})
 """Keys of the chance that a layer is skipped in an update. A plan counts the update in which none is."""
@@ -29,6 +31,9 @@ def model_factory(cls: Any, config: Any, dtype: torch.dtype) -> Callable[[], nn.
         cls: A transformers model class.
         config: Its config; each model gets a copy of its own.
         dtype: Format of the weights.
+
+    Raises:
+        ModelError: By the factory, where the config contradicts itself or the class needs a package.
     """
 
     def build() -> nn.Module:
@@ -62,12 +67,19 @@ def faked() -> bool:
 
 def _plain(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     own = deepcopy(config)
-    for part in (own, own.get_text_config()):
+    for part in (own, text_config(own)):
         part.use_cache = False
     for key in LAYER_DROP & set(vars(own)):
         setattr(own, key, 0.0)
     _fill_tokens(own, cls)
-    model: nn.Module = cls._from_config(own, dtype=dtype)
+    try:
+        model: nn.Module = cls._from_config(own, dtype=dtype)
+    except (ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"{cls.__name__} cannot be built from its config: {said.strip()}",
+            hint="check the config against a published one" if not isinstance(error, ImportError) else "install it",
+        ) from error
     return model.train()
 
 
@@ -86,4 +98,4 @@ def _fill_tokens(config: Any, cls: Any) -> None:
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = padding or 0
     if cls.__name__.endswith("ForSequenceClassification") and padding is None:
-        config.get_text_config().pad_token_id = config.get_text_config().vocab_size - 1
+        text_config(config).pad_token_id = text_config(config).vocab_size - 1

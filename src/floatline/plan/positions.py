@@ -22,6 +22,14 @@ AFTER_PADDING = frozenset(
 """Types that count positions from `pad_token_id + 1`, so that the table's first rows are no positions."""
 
 
+def text_config(config: Any) -> Any:
+    """Return the part of a config that describes its text model; of two, the decoder's."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # a text encoder and a text decoder
+        return config.get_text_config(decoder=True)
+
+
 def position_limit(config: Any) -> tuple[int | None, str]:
     """Return the most tokens a text config takes and the key that says so; None where there is no limit.
 

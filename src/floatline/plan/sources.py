@@ -12,7 +12,7 @@ tensors. Weights are never read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -27,8 +27,9 @@ from floatline.plan.inputs.layout import Layout
 from floatline.plan.inputs.text import lay_out_text
 from floatline.plan.inputs.vision import lay_out_images, lay_out_pairs
 from floatline.plan.inputs.vision_language import lay_out_vision_language
+from floatline.plan.positions import text_config
 from floatline.plan.shape import Filling, Shape, SizeChoice
-from floatline.plan.tasks import Training, choose_training
+from floatline.plan.tasks import Training, choose_training, config_for
 from floatline.step.workload import Workload
 
 LAYER_DROP_OFF = "no layer is skipped at random, though the config asks for it: the largest update is planned"
@@ -133,6 +134,7 @@ def _from_function(text: str, shape: Shape) -> Source:
 def _from_config(found: Found, shape: Shape, task: str | None, dtype: torch.dtype) -> Source:
     load_transformers()
     training = choose_training(found.config, task, found.name)
+    found = replace(found, config=config_for(training.cls, found.config))
     build = model_factory(training.cls, found.config, dtype)
     counted = lru_cache(maxsize=1)(lambda: count_parameters(training.cls, found.config))
     declared = _declared_dtype(found.config)
@@ -175,5 +177,5 @@ def _layout(filling: Filling, found: Found, training: Training) -> Layout:
 
 
 def _declared_dtype(config: Any) -> str | None:
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from floatline.errors import ConfigError, ModelError, did_you_mean
+from floatline.plan.positions import text_config
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ def _asked_for(config: Any, asked: str, model: str) -> Training:
         known = [other.name for other in TASKS if _class_of(config, other) is not None]
         raise ConfigError(f"{model} has no head for the task {asked}", hint=f"it has: {', '.join(known) or 'none'}")
     return Training(task, cls)
+
+
+def config_for(cls: Any, config: Any) -> Any:
+    """Return the part of `config` that a class is made of: the text's, for a text head of a larger model."""
+    text = text_config(config)
+    return text if type(text) is cls.config_class and type(config) is not cls.config_class else config
 
 
 def _mapping(task: Task) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from floatline.plan.inputs.layout import Layout, class_ids, masked_labels, real, special_ids, token_ids
-from floatline.plan.positions import position_limit
+from floatline.plan.positions import position_limit, text_config
 from floatline.plan.shape import Filling
 
 USUAL = {"causal-lm": 2048, "seq2seq": 512, "encoder": 512}
@@ -26,7 +26,7 @@ def lay_out_text(filling: Filling, config: Any, task: str, kind: str) -> Layout:
     if task == "seq2seq-lm":
         return _encoder_decoder(filling, config)
     filling.refuse("target")
-    text = config.get_text_config()
+    text = text_config(config)
     limit, key = position_limit(text)
     batch = filling.batch()
     seq = filling.length("seq", USUAL[kind], "a usual length for this kind of model", limit, key)
@@ -73,7 +73,7 @@ def _encoder_decoder(filling: Filling, config: Any) -> Layout:
     batch = filling.batch()
     seq = filling.length("seq", USUAL["seq2seq"], "a usual length for this kind of model", limit, key)
     target = filling.length("target", min(seq, limit or seq), "as long as the encoder's side", limit, key)
-    special, vocabulary = special_ids(config), config.get_text_config().vocab_size
+    special, vocabulary = special_ids(config), text_config(config).vocab_size
 
     def make() -> dict[str, torch.Tensor]:
         ids = token_ids(batch, seq, vocabulary, special)

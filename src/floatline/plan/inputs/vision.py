@@ -108,9 +108,9 @@ def _extra_arguments(filling: Filling, config: Any, cls: Any, image: tuple[int, 
     )
 
 
-def vision_model_error(filling: Filling) -> ModelError:
-    """The error for a vision-language model whose images this planner cannot lay out."""
+def vision_model_error(filling: Filling, said: str = "") -> ModelError:
+    """The error for a vision-language model whose images this planner cannot lay out; `said` is what its tower said."""
     return ModelError(
-        f"how {filling.model} reads images is not known here",
+        f"how {filling.model} reads images is not known here" + (f" (its vision tower: {said})" if said else ""),
         hint="give module:function that returns a floatline.Workload with a batch of yours, or images=0 for text alone",
     )

@@ -22,7 +22,7 @@ from floatline.plan.inputs.layout import Layout, noise, real, special_ids, token
 from floatline.plan.inputs.resize import pixel_range, tiles, to_blocks
 from floatline.plan.inputs.text import NO_MASK
 from floatline.plan.inputs.vision import vision_model_error
-from floatline.plan.positions import position_limit
+from floatline.plan.positions import position_limit, text_config
 from floatline.plan.shape import Filling
 from floatline.step.batch import IGNORED
 
@@ -73,7 +73,7 @@ def lay_out_vision_language(filling: Filling, config: Any, cls: Any, processor: 
     if count == 0 and filling.shape.image is not None:
         raise ConfigError("image was given, but images=0 trains on text alone", hint="leave one of them out")
     images = _describe(filling, config, cls, processor) if count else Images()
-    text = config.get_text_config()
+    text = text_config(config)
     limit, key = position_limit(text)
     batch = filling.batch()
     seq = _sequence(filling, count, images, limit, f"text_config.{key}")
@@ -227,7 +227,7 @@ def _features_of_one(filling: Filling, config: Any, cls: Any, image: tuple[int, 
         with real(), torch.no_grad():
             out = model.get_image_features(pixel_values=torch.empty(1, *image, device="meta"))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise vision_model_error(filling) from error
+        raise vision_model_error(filling, str(error).splitlines()[0]) from error
     found = getattr(out, "pooler_output", out)
     rows = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-    return sum(leaf.numel() for leaf in rows) // int(config.get_text_config().hidden_size)
+    return sum(leaf.numel() for leaf in rows) // int(text_config(config).hidden_size)
