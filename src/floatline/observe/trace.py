@@ -25,6 +25,7 @@ from floatline.observe.scratch import scratch_of
 from floatline.observe.target import on_target
 from floatline.precision import Policy, apply_precision
 from floatline.precision import resolve as resolve_precision
+from floatline.precision.apply import TARGET_NAMES
 from floatline.step import TrainStep, Workload
 from floatline.step.batch import call_model
 from floatline.techniques import Technique
@@ -146,9 +147,16 @@ def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, har
     _start(recorder, model)
     with module_names(model, recorder), torch.no_grad(), applied.autocast():
         recorder.begin(0)
-        ready = fake_batch(batch, recorder)
+        ready = fake_batch(_unlabelled(batch), recorder)
         recorder.enroll_batch(ready)
         output = call_model(model, ready)
         recorder.phase = Phase.BETWEEN
         del output
         recorder.finish()
+
+
+def _unlabelled(batch: Any) -> Any:
+    """Return a batch without what only a loss needs."""
+    if isinstance(batch, dict):
+        return type(batch)({key: value for key, value in batch.items() if key not in TARGET_NAMES})
+    return batch
