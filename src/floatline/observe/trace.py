@@ -119,7 +119,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> None:
-    """Run the updates. Of many micro-batches two are run: from the second on each finds the same memory."""
+    """Run the updates. Of many micro-batches two are run, in the last: from the second on all find the same memory."""
     model = step.model
     _start(recorder, model)
     with module_names(model, recorder):
@@ -129,12 +129,13 @@ def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> No
             recorder.enroll_batch(ready)
             parts = ready if isinstance(ready, list) else step.stack.split(ready)
             recorder.enroll_batch(parts)
-            step(parts[:MOST_TRACED])
+            last = update == updates - 1
+            step(parts[: MOST_TRACED if last else 1])
             recorder.trace.micro_batches = len(parts)
             recorder.phase = Phase.BETWEEN
             recorder.enroll_state(step.optimizer)
             recorder.enroll_model(model)
-            if update < updates - 1:
+            if not last:
                 del ready, parts
         recorder.finish()
     traced = min(MOST_TRACED, recorder.trace.micro_batches)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from floatline.errors import FloatlineError
-from floatline.hardware import CATALOG, Hardware
+from floatline.hardware import CATALOG
 from floatline.plan.estimate import Estimate
-from floatline.plan.probe import Probe
 from floatline.plan.search import Found
 from floatline.techniques import Technique, fake_ranks, make_technique
 
@@ -40,7 +39,7 @@ class Advice:
     capacity: int
 
 
-def advise(found: Found, facts: Probe, attempt: Callable[..., Estimate], work: Any) -> list[Advice]:
+def advise(found: Found, attempt: Callable[..., Estimate]) -> list[Advice]:
     """Return what would fit, at most one piece of each kind."""
     pieces = [_adapter(found, attempt), _larger(found, attempt), _more(found, attempt)]
     return [piece for piece in pieces if piece is not None]
@@ -66,11 +65,11 @@ def _more(found: Found, attempt: Callable[..., Estimate]) -> Advice | None:
     count = 2
     while count <= MOST_GPUS:
         with fake_ranks(count):
-            estimate = _tried(attempt, [*techniques, make_technique("sharding")], count=count)
+            estimate = _tried(attempt, [*techniques, make_technique("sharding")])
         if estimate is None:
             return None
         if estimate.fit:
-            text = f"{count} of {found.estimate.hardware.name}, sharded by FSDP2"
+            text = f"{count} x {found.estimate.hardware.name} sharded by FSDP2, each with this batch"
             return _piece("gpus", text, [*techniques, make_technique("sharding")], estimate)
         count *= 2
     return None
@@ -92,7 +91,6 @@ def _adapter(found: Found, attempt: Callable[..., Estimate]) -> Advice | None:
 
 
 def _tried(attempt: Callable[..., Estimate], techniques: Sequence[Technique], **changes: Any) -> Estimate | None:
-    changes.pop("count", None)
     try:
         return attempt(techniques, **changes)
     except FloatlineError:
@@ -107,8 +105,3 @@ def _piece(kind: str, text: str, techniques: Sequence[Technique], estimate: Esti
         peak_total=estimate.peak_total,
         capacity=estimate.fit.capacity,
     )
-
-
-def smallest_gpus(here: Hardware) -> list[Hardware]:
-    """Return the catalog's GPUs with more memory than `here`, smallest first."""
-    return sorted((gpu for gpu in CATALOG.values() if gpu.memory > here.memory), key=lambda gpu: gpu.memory)

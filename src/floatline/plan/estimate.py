@@ -191,9 +191,7 @@ def summarize(
     )
 
 
-def smallest_device(
-    events: list[tuple[int, int]], replay: Replay, capacity: int, allocator: AllocatorSettings
-) -> int:
+def smallest_device(events: list[tuple[int, int]], replay: Replay, capacity: int, allocator: AllocatorSettings) -> int:
     """Return the least memory with which the run goes through, in bytes.
 
     With plenty of memory the allocator reserves more than it must: it never returns a segment. Short of it, it returns

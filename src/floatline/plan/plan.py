@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from floatline.errors import FloatlineError
+import torch
+
 from floatline.hardware import Hardware, resolve
 from floatline.plan.advice import Advice, advise
 from floatline.plan.allocator import AllocatorSettings
@@ -20,11 +21,12 @@ from floatline.plan.estimate import Estimate, estimate
 from floatline.plan.export import recipe_of
 from floatline.plan.ladder import Rejected, Rung
 from floatline.plan.probe import Probe, probe
-from floatline.plan.search import Found, climb
+from floatline.plan.search import climb
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Workload
 from floatline.techniques import Technique, make_technique
+from floatline.techniques.registry import technique_class
 
 Progress = Callable[[str, int], None]
 """(what is tried now, how many trials are done) -> None."""
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """"fits", "tight" or "does not fit"."""
+        """ "fits", "tight" or "does not fit"."""
         return self.estimate.verdict
 
     @property
@@ -124,17 +126,23 @@ class Trials:
     ) -> None:
         self.work, self.hardware, self.precision = work, hardware, precision
         self.settings, self.progress = settings, progress
-        self.known: dict[tuple[str, str, str], Estimate] = {}
+        self.known: dict[tuple[str, str, str, int], Estimate] = {}
 
     def __call__(
-        self, techniques: Sequence[Technique | str], hardware: Hardware | None = None, precision: str | Policy | None = None
+        self,
+        techniques: Sequence[Technique | str],
+        hardware: Hardware | None = None,
+        precision: str | Policy | None = None,
     ) -> Estimate:
         """Return the estimate with these techniques, on the plan's device or another."""
         hardware, precision = hardware or self.hardware, precision or self.precision
-        key = (" ".join(sorted(map(str, techniques))), hardware.name, str(precision))
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        key = (" ".join(sorted(map(str, techniques))), hardware.name, str(precision), ranks)
         if key not in self.known:
             names = ", ".join(make_technique(technique).name for technique in techniques) or "the plain step"
-            self.progress(f"{names} on {hardware.name}", len(self.known))
+            self.progress(
+                f"{names} on {ranks if ranks > 1 else ''} {hardware.name}".replace("  ", " "), len(self.known)
+            )
             self.known[key] = estimate(self.work, hardware, precision, techniques, **self.settings)
         return self.known[key]
 
@@ -181,7 +189,7 @@ def plan(
     settings = {"max_grad_norm": max_grad_norm, "allocator": allocator}
     trials = Trials(work, hardware, choice.policy, settings, progress)
     found = climb(facts, trials, fixed, exclude, exact)
-    pieces = advise(found, facts, trials, work) if advice and not found.estimate.fit else ()
+    pieces = advise(found, trials) if advice and not found.estimate.fit else ()
     return Plan(
         hardware=hardware,
         precision=str(choice.policy),
@@ -198,10 +206,5 @@ def plan(
 
 
 def _check_names(names: Sequence[str]) -> None:
-    from floatline.techniques.registry import technique_class
-
     for name in names:
         technique_class(name)
-
-
-__all__ = ["Found", "FloatlineError", "Plan", "Progress", "Trials", "plan"]
