@@ -113,6 +113,7 @@ def estimate(
     *,
     max_grad_norm: float | None = 1.0,
     allocator: AllocatorSettings | None = None,
+    quick: bool = False,
 ) -> Estimate:
     """Predict the memory and time of one update, or one forward, without the GPU.
 
@@ -124,6 +125,7 @@ def estimate(
         mode: "train" or "inference".
         max_grad_norm: As for `TrainStep`.
         allocator: Settings of the caching allocator; None for torch's defaults.
+        quick: Run one update instead of two, and take the second to go the same way.
 
     Returns:
         The estimate; `.verdict` says whether it fits.
@@ -142,7 +144,15 @@ def estimate(
     """
     hardware = resolve(hardware)
     made = [make_technique(technique) for technique in techniques]
-    seen = trace(work, hardware=hardware, precision=precision, techniques=made, mode=mode, max_grad_norm=max_grad_norm)
+    seen = trace(
+        work,
+        hardware=hardware,
+        precision=precision,
+        techniques=made,
+        mode=mode,
+        max_grad_norm=max_grad_norm,
+        quick=quick,
+    )
     policy = resolve_precision(precision, hardware).policy
     return summarize(seen, hardware, str(policy), tuple(map(str, made)), mode, allocator or AllocatorSettings())
 
