@@ -28,9 +28,7 @@ from torch.utils._pytree import tree_leaves
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking, tensors_in
-
-Scratch = Callable[[Any, Any, Any, Any], int]
-"""(op, args, kwargs, result) -> bytes that the kernel allocates and frees again."""
+from floatline.observe.scratch import NOTHING, Scratch
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -67,13 +65,13 @@ class Recorder(Faking):
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         phase, module = self._place()
         name = func._schema.name.replace("::", ".")
-        born = False
-        for tensor in tensors_in(out):
-            born |= self._born(tensor, name, phase, module)
+        need = NOTHING if func.is_view else self.scratch(func, args, kwargs, out)
+        for place, tensor in enumerate(tensors_in(out)):
+            self._born(tensor, name, phase, module, need.storages[place] if need.storages else 0)
         if func.is_view:
             return
-        if born and (extra := self.scratch(func, args, kwargs, out)):
-            self._passing(extra, name, phase, module)
+        if need.extra:
+            self._passing(need.extra, name, phase, module)
         if self.update >= 0:
             self._add_cost(func, args, kwargs, out, phase, name)
 
@@ -114,19 +112,19 @@ class Recorder(Faking):
         self._settled = len(self.trace.storages)
         self.phase = Phase.OPTIMIZER  # of what comes after the backward, until the next forward
 
-    def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str) -> bool:
+    def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str, real: int = 0) -> None:
+        """Record a storage that was not there before; `real` are its bytes where the fake one has other ones."""
         storage = tensor.untyped_storage()
         address = storage._cdata
-        nbytes = 0 if address in self._numbers else storage.nbytes()
+        nbytes = 0 if address in self._numbers else real or storage.nbytes()
         if not nbytes:
-            return False
+            return
         made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, self.on_host())
         number = len(self.trace.storages)
         self.trace.storages.append(made)
         self._events_of(made).append((number, nbytes))
         self._numbers[address] = number
         weakref.finalize(storage, self._died, address, made).atexit = False
-        return True
 
     def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
         """Return what a storage seems to be for when it is born."""
