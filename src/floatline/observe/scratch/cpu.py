@@ -31,14 +31,14 @@ _FREE = {
         "_fused_adam_ _fused_adamw_ _fused_sgd_ _local_scalar_dense _log_softmax _log_softmax_backward_data _reshape_alias _softmax "
         "_softmax_backward_data _to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ detach "
         "embedding embedding_dense_backward empty empty_like empty_strided expand fill fill_ full full_like index_select "
-        "lift_fresh linspace native_layer_norm new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward "
+        "lift_fresh linspace new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward "
         "nll_loss_forward normal_ ones ones_like permute rand rand_like randint randn randn_like random_ reshape resize_ "
         "select_backward scalar_tensor set_ slice_backward split_with_sizes stack t transpose tril triu unbind uniform_ "
         "unsafe_split unsqueeze view zero_ zeros zeros_like"
     ).split()
 }
 """Ops whose kernels allocate their results and nothing else."""
-_UNCAST = {aten.masked_fill, aten.masked_fill_, aten.where, aten.clone, aten.fill, aten.fill_, aten.copysign}
+_UNCAST = {aten.masked_fill, aten.masked_fill_, aten.clone, aten.fill, aten.fill_, aten.copysign}
 
 
 class CpuScratch:
@@ -67,6 +67,8 @@ def _casts(packet: Any, args: Any, out: Any) -> Need:
     The result that is written in place is one of the operands, and gets a temporary when it is narrower.
     """
     operands = [tensor for tensor in args if isinstance(tensor, torch.Tensor) and tensor.dim()]
+    if packet is aten.where:
+        operands = [tensor for tensor in operands[1:] if tensor.dim()]  # the condition stays as it is
     if packet in _UNCAST or len({tensor.dtype for tensor in operands}) < 2:
         return NOTHING
     common = operands[0].dtype
@@ -77,6 +79,15 @@ def _casts(packet: Any, args: Any, out: Any) -> Need:
     if first is not None and first.dtype not in (common, torch.bool):
         copies.append(first.numel())
     return Need(sum(copies) * common.itemsize)
+
+
+def _layer_norm(args: Any, kwargs: Any, out: Any) -> Need:
+    """layer_norm.cpp: with weights of a wider dtype, mean and inverse deviation are kept in it."""
+    weight = next((tensor for tensor in args[2:4] if tensor is not None), None)
+    if weight is None or weight.dtype == args[0].dtype:
+        return NOTHING
+    result, mean, _ = out
+    return Need(0, (size_of(result), *(2 * (mean.numel() * weight.element_size(),))))
 
 
 def _batch_norm_backward(args: Any, kwargs: Any, out: Any) -> Need:
@@ -96,6 +107,26 @@ def _layer_norm_backward(args: Any, kwargs: Any, out: Any) -> Need:
     rows = sum(1 for wanted in args[-1][1:] if wanted)
     width = next((tensor for tensor in args[5:7] if tensor is not None), None)
     return NOTHING if width is None else Need(rows * torch.get_num_threads() * size_of(width))
+
+
+def _with_mean(rule: Rule) -> Rule:
+    """A loss that ends in a mean: `_mean` of its elements comes on top."""
+
+    def both(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
+        extra, storages = rule(args, kwargs, out)
+        averages = argument(args, kwargs, _REDUCTION.get(rule, 2), "reduction", 1) == 1 and args[0].dtype in HALVES
+        return Need(extra + (4 * max(args[0].numel(), args[1].numel()) + 4 if averages else 0), storages)
+
+    return both
+
+
+def _binary_cross_entropy(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
+    """Loss.cpp, `binary_cross_entropy_cpu`: the mean is written where the losses were, whose storage it keeps."""
+    reduction = argument(args, kwargs, 3, "reduction", 1)
+    if reduction == 0:
+        return NOTHING
+    averages = reduction == 1 and args[0].dtype in HALVES
+    return Need(4 * args[0].numel() if averages else 0, (size_of(args[0]),))
 
 
 def _mean(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
@@ -124,6 +155,11 @@ def _gather(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
     return Need(4 * out.numel() if out.dtype in HALVES else 0)
 
 
+def _running(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
+    """ReduceOps.cpp, `cumsum`: the operand is copied to the dtype of the result."""
+    return Need(0 if args[0].dtype == out.dtype else size_of(out))
+
+
 def _upsample(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
     """UpSampleKernel.cpp: what is contiguous may be worked on as channels last, input and output."""
     return NOTHING if not args[0].is_contiguous() else _upsampled(args[0], out)
@@ -133,14 +169,22 @@ def _upsampled(operand: torch.Tensor, out: torch.Tensor) -> Need:
     return Need(size_of(operand) + size_of(out)) if operand.shape[1] > 3 and operand.dim() == 4 else NOTHING
 
 
+_REDUCTION = {SHARED[aten.binary_cross_entropy_with_logits]: 4}
+_LOSSES = (aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss, aten.binary_cross_entropy_with_logits)
 RULES: dict[Any, Rule] = {
     **SHARED,
+    **{loss: _with_mean(SHARED[loss]) for loss in _LOSSES},
+    aten.native_layer_norm: _layer_norm,
     aten.native_batch_norm: _batch_norm,
     aten.native_batch_norm_backward: _batch_norm_backward,
     aten.native_layer_norm_backward: _layer_norm_backward,
+    aten.binary_cross_entropy: _binary_cross_entropy,
     aten.mean: _mean,
+    aten.cumsum: _running,
+    aten.cumprod: _running,
     aten.sum: _sum,
     aten.gather: _gather,
+    aten.scatter: _gather,
     aten.scatter_add: _gather,
     aten.scatter_reduce: _gather,
     aten.upsample_nearest2d: _upsample,

@@ -34,7 +34,7 @@ MOST_BYTES = 2**26
 """Inputs and results of an op that is run for real."""
 MOST_FLOPS = 2 * 10**9
 """A tenth of a second on one slow core."""
-_MEASURED: dict[Any, Measured | None] = {}
+_MEASURED: dict[Any, Measured] = {}
 
 
 class Libraries:
@@ -47,29 +47,60 @@ class Libraries:
         packet = func._overloadpacket
         if packet in PRODUCTS and not any(_costs_a_copy(tensor) for tensor in tensors_in(args)):
             return NOTHING  # fp32 products of dense matrices go straight to MKL
-        if packet is aten.mkldnn_rnn_layer_backward:
-            args = (*args[:-1], Like((self._workspace(args),), torch.uint8))
         if _bytes(args, kwargs, out) < LEAST_BYTES:
             return NOTHING
-        need = self._need(func, args, kwargs, out)
-        if packet is aten.mkldnn_rnn_layer and need.storages:
-            self.workspaces[_layer(args)] = need.storages[-1]
-        return need
-
-    def _workspace(self, args: Any) -> int:
-        return self.workspaces.get(_layer(args), 0)
-
-    def _need(self, func: Any, args: Any, kwargs: Any, out: Any) -> Need:
         if _is_small(func, args, kwargs, out):
-            found = _once(func, args, kwargs)
+            found = self._once(func, args, kwargs)
             return NOTHING if found is None else Need(found.extra, _other_than(found.storages, plain_sizes(out)))
-        packet = func._overloadpacket
         if packet in LINES:
-            return _along_line(func, args, kwargs, out, LINES[packet])
+            return self._along_line(func, args, kwargs, out, LINES[packet])
         if packet in PRODUCTS:
-            return _blocked(func, args, kwargs)
+            return self._blocked(func, args, kwargs)
         formula = FORMULAS.get(packet)
         return Need(formula(args)) if formula else NOTHING
+
+    def _once(self, func: Any, args: Any, kwargs: Any) -> Measured | None:
+        """Measure, or remember. A recurrent layer's backward gets the workspace that its forward was seen to leave."""
+        packet = func._overloadpacket
+        if packet is aten.mkldnn_rnn_layer_backward:
+            if _layer(args) not in self.workspaces:
+                return None
+            args = (*args[:-1], Like((self.workspaces[_layer(args)],), torch.uint8))
+        key = (func, torch.get_num_threads(), _signature(args), _signature(kwargs))
+        found = _MEASURED.get(key) or measure(func, args, kwargs)
+        if found is not None:
+            _MEASURED[key] = found
+        if packet is aten.mkldnn_rnn_layer and found is not None:
+            self.workspaces[_layer(args)] = found.storages[-1]
+        return found
+
+    def _along_line(self, func: Any, args: Any, kwargs: Any, out: Any, batched: tuple[int, ...]) -> Need:
+        """Measure with two small batches and continue the line; `batched` are the arguments that have the batch."""
+        whole = args[batched[0]].shape[0]
+        first = min(whole, 4 * torch.get_num_threads())
+        low, high = (self._once(func, _with_batch(args, batched, batch), kwargs) for batch in (first, 2 * first))
+        if low is None or high is None:
+            return NOTHING
+
+        def at(start: int, end: int) -> int:
+            return max(0, start + (end - start) * (whole - first) // first)
+
+        storages = tuple(at(*pair) for pair in zip(low.storages, high.storages, strict=True))
+        return Need(at(low.extra, high.extra), _other_than(storages, plain_sizes(out)))
+
+    def _blocked(self, func: Any, args: Any, kwargs: Any) -> Need:
+        """Measure a product with its longest sides halved until it is small."""
+        left, right = args[-2:]
+        sides = [left.shape[-2], left.shape[-1], right.shape[-1]]
+        while 2 * math.prod(sides) > MOST_FLOPS:
+            longest = sides.index(max(sides))
+            sides[longest] //= 2
+        rows, inner, columns = sides
+        less = [Like.of(left, (rows, inner)), Like.of(right, (inner, columns))]
+        if len(args) == 3:
+            less.insert(0, Like.of(args[0], (columns,) if args[0].dim() == 1 else (rows, columns)))
+        found = self._once(func, tuple(less), kwargs)
+        return NOTHING if found is None else Need(found.extra)
 
 
 def _layer(args: Any) -> Any:
@@ -86,20 +117,13 @@ def _costs_a_copy(tensor: torch.Tensor) -> bool:
 
 
 def _bytes(args: Any, kwargs: Any, out: Any) -> int:
-    return sum(size_of(t) for tree in (args, kwargs, out) for t in tensors_in(tree))
+    return sum(size_of(tensor) for tree in (args, kwargs, out) for tensor in tensors_in(tree))
 
 
 def _is_small(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     formula = flop_registry.get(func._overloadpacket)
     flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
     return flops <= MOST_FLOPS and _bytes(args, kwargs, out) <= MOST_BYTES
-
-
-def _once(func: Any, args: Any, kwargs: Any) -> Measured | None:
-    key = (func, torch.get_num_threads(), _signature(args), _signature(kwargs))
-    if key not in _MEASURED:
-        _MEASURED[key] = measure(func, args, kwargs)
-    return _MEASURED[key]
 
 
 def _signature(tree: Any) -> Any:
@@ -112,44 +136,11 @@ def _signature(tree: Any) -> Any:
     return tree
 
 
-# Larger than what can be run
-
-
-def _along_line(func: Any, args: Any, kwargs: Any, out: Any, batched: tuple[int, ...]) -> Need:
-    """Measure with two small batches and continue the line to the real one; `batched` are the arguments that have it."""
-    whole = args[batched[0]].shape[0]
-    first = min(whole, 4 * torch.get_num_threads())
-    points = []
-    for batch in (first, 2 * first):
-        found = _once(func, _with_batch(args, batched, batch), kwargs)
-        if found is None:
-            return NOTHING
-        points.append(found)
-    def at(low: int, high: int) -> int:
-        return max(0, low + (high - low) * (whole - first) // first)
-    return Need(at(points[0].extra, points[1].extra))
-
-
 def _with_batch(args: Any, batched: tuple[int, ...], batch: int) -> Any:
     return tuple(
         Like.of(item, (batch, *item.shape[1:])) if place in batched and item is not None else item
         for place, item in enumerate(args)
     )
-
-
-def _blocked(func: Any, args: Any, kwargs: Any) -> Need:
-    """Measure a product with its longest sides halved until it is small."""
-    left, right = args[-2:]
-    sides = [left.shape[-2], left.shape[-1], right.shape[-1]]
-    while 2 * math.prod(sides) > MOST_FLOPS // 2:
-        longest = sides.index(max(sides))
-        sides[longest] //= 2
-    rows, inner, columns = sides
-    less = [Like.of(left, (rows, inner)), Like.of(right, (inner, columns))]
-    if len(args) == 3:
-        less.insert(0, Like.of(args[0], (columns,) if args[0].dim() == 1 else (rows, columns)))
-    found = _once(func, tuple(less), kwargs)
-    return NOTHING if found is None else Need(found.extra)
 
 
 def _attention(args: Any) -> int:
@@ -180,6 +171,7 @@ LINES: dict[Any, tuple[int, ...]] = {
     aten.bmm: (0, 1),
     aten.baddbmm: (0, 1, 2),
     aten.mkldnn_rnn_layer: (0,),
+    aten.mkldnn_rnn_layer_backward: (0, 7, 10),
 }
 FORMULAS: dict[Any, Callable[[Any], int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

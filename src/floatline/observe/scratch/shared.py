@@ -68,8 +68,9 @@ def _roll(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
     return Need(size_of(out) if len(args) > 2 and len(args[2]) > 1 else 0)
 
 
-def _im2col(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
-    return NOTHING if args[0].is_contiguous() else Need(size_of(args[0]))  # Im2Col.cpp: input.contiguous()
+def _safe_softmax(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
+    """transformers/attention.cpp, `_safe_softmax`: which scores are -inf, and which rows are so throughout."""
+    return Need(out.numel() + out.numel() // max(1, out.shape[args[1]]))
 
 
 def plain_sizes(out: Any) -> tuple[int, ...]:
@@ -84,5 +85,5 @@ SHARED: dict[Any, Rule] = {
     aten.binary_cross_entropy_with_logits: _logits_loss,
     aten.logsumexp: _logsumexp,
     aten.roll: _roll,
-    aten.im2col: _im2col,
+    aten._safe_softmax: _safe_softmax,
 }
