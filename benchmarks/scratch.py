@@ -265,7 +265,21 @@ def losses(make: Any, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 def pointwise(make: Any, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     x = make(128, 1000)
     wide, whole, mask = torch.rand(128, 1000), torch.ones(128, 1000, dtype=torch.int64), torch.ones(128, 1000) > 0
-    names = "gelu silu relu elu mish hardswish leaky_relu softplus tanh sigmoid logsigmoid glu dropout".split()
+    names = [
+        "gelu",
+        "silu",
+        "relu",
+        "elu",
+        "mish",
+        "hardswish",
+        "leaky_relu",
+        "softplus",
+        "tanh",
+        "sigmoid",
+        "logsigmoid",
+        "glu",
+        "dropout",
+    ]
     return {
         **{name: lambda name=name: getattr(F, name)(x) for name in names},
         "times fp32": lambda: x * wide,

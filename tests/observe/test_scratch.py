@@ -1,8 +1,8 @@
-"""What kernels allocate inside: each CPU rule beside the real allocator, each CUDA formula against its source's numbers.
+"""What kernels allocate inside: CPU rules beside the real allocator, CUDA formulas against their sources' numbers.
 
-CPU rules must be exact to 1 KiB (the allocator's small change: scalars, index lists of a few numbers) and 1 %. Rules for
-ops that are too large to be run are extrapolations: they must be within 5 %, and 25 % for attention in bf16, whose
-matrix products take oneDNN's buffers too.
+CPU rules must be exact to 1 KiB (small change: scalars, index lists of a few numbers) and 1 %. Rules for ops that are
+too large to be run are extrapolations: they must be within 5 %, and 25 % for attention in bf16, whose matrix products
+take oneDNN's buffers too. Whole steps must peak within 0.5 % of the real ones.
 """
 
 import gc
@@ -131,7 +131,8 @@ def rules(dtype):
         "binary": lambda: F.binary_cross_entropy(x.sigmoid(), like),
         "binary logits": lambda: F.binary_cross_entropy_with_logits(x, like),
         "cross entropy": lambda: F.cross_entropy(x, torch.arange(128)),
-        "two dtypes": lambda: (x * wide, x - mask.long(), x * mask, torch.where(mask, x, wide), x < wide, x.masked_fill(mask, 0)),
+        "two dtypes": lambda: (x * wide, x - mask.long(), x * mask, torch.where(mask, x, wide), x < wide),
+        "filled": lambda: x.masked_fill(mask, 0),
         "in place": lambda: (x * 1).add_(wide),
         "dropout attention": lambda: F.scaled_dot_product_attention(*3 * [grid], dropout_p=0.1),
     }  # fmt: skip
@@ -190,7 +191,10 @@ def test_a_large_convolution_is_continued_from_small_ones(program, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16))
-@pytest.mark.parametrize(("name", "relative"), (("batched", 0.05), ("LSTM", 0.05), ("attention", 0.25), ("long attention", 0.25), ("grouped attention", 0.25)))  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "relative"),
+    (("batched", 0.05), ("LSTM", 0.05), ("attention", 0.25), ("long attention", 0.25), ("grouped attention", 0.25)),
+)
 def test_other_large_ops_are_continued_too(name, relative, dtype, monkeypatch):
     monkeypatch.setattr(libraries, "MOST_BYTES", 0)
     _agree(products(dtype)[name], relative)
@@ -202,7 +206,7 @@ def test_a_large_product_is_asked_in_small():
     left, right = (torch.ones(*shape, dtype=BF16) for shape in shapes)
     real = measure(aten.mm.default, (left, right), {})
     need, _ = by_rule(scratch_of(resolve("cpu")), aten.mm.default, (left, right), {})
-    assert 2 * 2048 * 1024 * 2048 > libraries.MOST_FLOPS
+    assert libraries.MOST_FLOPS < 2 * 2048 * 1024 * 2048
     assert abs(need.extra - real.extra) < 2**20 < 0.3 * 2 * left.numel()
 
 
@@ -332,7 +336,7 @@ MODELS = {
     "channels last": Workload(model=lambda: ImageNet().to(memory_format=LAST), batch=images, loss=classes),
     "unet": Workload(model=UNet, batch=pixels, loss=squares),
     "lstm": Workload(model=lambda: Tagger(nn.LSTM), batch=words, loss=classes),
-    "gru": Workload(model=lambda: Tagger(nn.GRU), batch=words, loss=classes),
+    "gru": Workload(model=lambda: Tagger(nn.GRU), batch=lambda: [part[:, :10] for part in words()], loss=classes),
     "transformer": Workload(model=Encoder, batch=words, loss=classes),
 }
 
@@ -356,7 +360,7 @@ def test_a_whole_step_peaks_where_it_was_traced(name, precision):
     real = real_peak(MODELS[name], precision)
     peak, _ = peak_of(traced.events)
     print(f"{name} {precision}: traced {peak}, real {real}, {peak / real - 1:+.2%}", file=sys.stderr)
-    assert abs(peak / real - 1) <= 0.03
+    assert abs(peak / real - 1) <= 0.005
 
 
 def test_scratch_is_recorded_as_workspaces():
@@ -403,7 +407,7 @@ def test_embedding_sorts_ids_beyond_3072():
     assert on_cuda(backward, few, torch.zeros(3072).long(), 32000, -1, False, out=table) == NOTHING
     need = on_cuda(backward, many, torch.zeros(8192).long(), 1000, -1, False, out=empty(1000, 512))
     partial = 8192 // 10 + 1000
-    assert need.extra == (2 * 8192 + 3 * 1000 + partial) * 8 + partial * 512 * 4 - 1000 * 512 * 2
+    assert need.extra == (3 * 8192 + 2 * 1000 + partial) * 8 + partial * 512 * 4
 
 
 def test_index_put_sorts_only_to_add_up():

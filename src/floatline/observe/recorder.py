@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from floatline.observe.accumulate import engine_alone, grows_in_place
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking, tensors_in
@@ -61,10 +62,13 @@ class Recorder(Faking):
         self._gradients_of: nn.Module | None = None
         self._settled = 0
         self.vocabulary = 0
+        self._alone = engine_alone()
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         phase, module = self._place()
         name = func._schema.name.replace("::", ".")
+        if grows_in_place(func, args, kwargs, self._alone):
+            self._takes_over(args[0], out)
         need = NOTHING if func.is_view else self.scratch(func, args, kwargs, out)
         for place, tensor in enumerate(tensors_in(out)):
             self._born(tensor, name, phase, module, need.storages[place] if need.storages else 0)
@@ -125,6 +129,14 @@ class Recorder(Faking):
         self._events_of(made).append((number, nbytes))
         self._numbers[address] = number
         weakref.finalize(storage, self._died, address, made).atexit = False
+
+    def _takes_over(self, earlier: torch.Tensor, later: torch.Tensor) -> None:
+        """The memory of a tensor that is about to die becomes that of another."""
+        number = self._numbers.pop(earlier.untyped_storage()._cdata, None)
+        if number is not None:
+            storage = later.untyped_storage()
+            self._numbers[storage._cdata] = number
+            weakref.finalize(storage, self._died, storage._cdata, self.trace.storages[number]).atexit = False
 
     def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
         """Return what a storage seems to be for when it is born."""

@@ -1,8 +1,8 @@
 """What kernels allocate inside of one op: memory that is alive at the op's peak and gone when it returns.
 
-A trace on fake tensors sees results only. Kernels need more: a convolution reorders its input, a reduction in bf16 makes
-an fp32 copy, a sort keeps a second array, attention's backward adds up in fp32. Some also leave a result whose storage
-is larger than the tensor. Per device:
+A trace on fake tensors sees results only. Kernels need more: a convolution reorders its input, a reduction in bf16
+makes an fp32 copy, a sort keeps a second array, attention's backward adds up in fp32. Some also leave a result whose
+storage is larger than the tensor. Per device:
 
     cpu     cpu.py has ATen's own kernels as formulas, libraries.py runs small ops of oneDNN, MKL and LAPACK once for
             real (measure.py) and scales what it finds to the size asked for
@@ -25,7 +25,7 @@ class Need(NamedTuple):
 
     Attributes:
         extra: Bytes that are alive together with all results and freed before the op returns.
-        storages: Bytes of the storage of each result tensor, in order; empty where they are as large as the tensors say.
+        storages: Bytes of the storage of each result tensor, in order; empty where they are as the tensors say.
     """
 
     extra: int = 0

@@ -25,18 +25,18 @@ from floatline.observe.scratch.libraries import Libraries
 from floatline.observe.scratch.shared import HALVES, SHARED, Rule, argument, size_of
 
 aten = torch.ops.aten
-_FREE = {
-    getattr(aten, name)
-    for name in (
-        "_fused_adam_ _fused_adamw_ _fused_sgd_ _local_scalar_dense _log_softmax _log_softmax_backward_data _reshape_alias _softmax "
-        "_softmax_backward_data _to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ detach "
-        "embedding embedding_dense_backward empty empty_like empty_strided expand fill fill_ full full_like index_select "
-        "lift_fresh linspace new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward "
-        "nll_loss_forward normal_ ones ones_like permute rand rand_like randint randn randn_like random_ reshape resize_ "
-        "select_backward scalar_tensor set_ slice_backward split_with_sizes stack t transpose tril triu unbind uniform_ "
-        "unsafe_split unsqueeze view zero_ zeros zeros_like"
-    ).split()
-}
+_FREE_NAMES = (
+    "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_local_scalar_dense", "_log_softmax",
+    "_log_softmax_backward_data", "_reshape_alias", "_softmax", "_softmax_backward_data", "_to_copy", "_unsafe_view",
+    "alias", "arange", "as_strided", "cat", "clone", "constant_pad_nd", "copy_", "detach", "embedding",
+    "embedding_dense_backward", "empty", "empty_like", "empty_strided", "expand", "fill", "fill_", "full",
+    "full_like", "index_select", "lift_fresh", "linspace", "new_empty", "new_empty_strided", "new_full", "new_ones",
+    "new_zeros", "nll_loss_backward", "nll_loss_forward", "normal_", "ones", "ones_like", "permute", "rand",
+    "rand_like", "randint", "randn", "randn_like", "random_", "reshape", "resize_", "scalar_tensor",
+    "select_backward", "set_", "slice_backward", "split_with_sizes", "stack", "t", "transpose", "tril", "triu",
+    "unbind", "uniform_", "unsafe_split", "unsqueeze", "view", "zero_", "zeros", "zeros_like",
+)  # fmt: skip
+_FREE = {getattr(aten, name) for name in _FREE_NAMES}
 """Ops whose kernels allocate their results and nothing else."""
 _UNCAST = {aten.masked_fill, aten.masked_fill_, aten.clone, aten.fill, aten.fill_, aten.copysign}
 
@@ -62,7 +62,7 @@ class CpuScratch:
 
 
 def _casts(packet: Any, args: Any, out: Any) -> Need:
-    """TensorIterator.cpp, `compute_types`: on the CPU, operands (and results) of other than the common dtype are copied.
+    """TensorIterator.cpp, `compute_types`: operands and results of another than the common dtype are copied.
 
     The result that is written in place is one of the operands, and gets a temporary when it is narrower.
     """
@@ -151,7 +151,7 @@ def _sum(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
 
 
 def _gather(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
-    """ScatterGatherKernel.cpp: 16-bit floats are gathered and scattered through an fp32 buffer of the result's shape."""
+    """ScatterGatherKernel.cpp: 16-bit floats pass through an fp32 buffer of the result's shape."""
     return Need(4 * out.numel() if out.dtype in HALVES else 0)
 
 

@@ -9,12 +9,11 @@
     foreach norms                  one number per chunk of 65536 elements
     convolution                    a bound: see `_convolution`
 
-Products need cuBLAS's workspace, which is counted once per process by the planner's allocator, not here. Pointwise ops,
-reductions, softmax, cross entropy, dropout, fused optimizers and the gradient scaler's unscaling need nothing: they cast
-while they load, and results of reductions are large enough for their partial sums.
+Products need cuBLAS's workspace, which lives as long as the process and is counted elsewhere. Pointwise ops, softmax,
+cross entropy, dropout, fused optimizers and the gradient scaler's unscaling need nothing: they cast while they load.
 
-Not covered: cub's scratch for sorts and scans of one call beyond its second copy of keys and values (kilobytes), cuDNN's
-recurrent layers, FFT plans, linear algebra.
+Not covered: sorts, top-k and scans that are called by the model, reductions that are split over blocks (kilobytes),
+cuDNN's recurrent layers, FFT plans, linear algebra.
 
 Sources are files of PyTorch under aten/src/ATen/native.
 """
@@ -75,7 +74,8 @@ def _embedding_backward(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
     """cuda/Embedding.cu, `embedding_dense_backward_cuda`; cuda/EmbeddingBackwardKernel.cu.
 
     Up to 3072 ids one kernel adds up directly. More are sorted: sorted ids, their order, a range, and cub's second copy
-    of both. Then come partial sums: at most one per different id and one per ten ids, in fp32, beside five index lists.
+    of both. Then come partial sums: at most one per different id and one per ten ids, in fp32, beside six lists of
+    indices and the table of gradients itself.
     """
     gradient, ids, count = args[0], args[1], args[2]
     number, width = ids.numel(), gradient.shape[-1]
@@ -87,13 +87,13 @@ def _embedding_backward(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
     partial = number // 10 + different
     wide = 4 if gradient.dtype in HALVES else gradient.element_size()
     sorting = 5 * number * index
-    adding = (2 * number + 3 * different + partial) * index + partial * width * wide
-    return Need(copied + max(sorting, adding - size_of(out)))
+    adding = (3 * number + 2 * different + partial) * index + partial * width * wide
+    return Need(copied + max(sorting - size_of(out), adding))  # the table of gradients comes after the sort
 
 
 def _index_put(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
-    """cuda/Indexing.cu, `index_put_with_sort_kernel`: linear ids, sorted ids, their order, a range, cub's second copy of
-    keys and values, all int64; and the values expanded where they are broadcast."""
+    """cuda/Indexing.cu, `index_put_with_sort_kernel`: linear ids, sorted ids, their order, a range, cub's second copy
+    of keys and values, all int64; and the values expanded where they are broadcast."""
     if not argument(args, kwargs, 3, "accumulate", False):
         return NOTHING
     indices = [index for index in args[1] if index is not None]
@@ -117,7 +117,7 @@ def _layer_norm(args: Any, kwargs: Any, out: Any) -> Need:
 
 def _layer_norm_backward(args: Any, kwargs: Any, out: Any) -> Need:
     """cuda/layer_norm_kernel.cu, `LaunchGammaBetaBackwardCUDAKernel`: more than 65536 rows of few columns are added in
-    blocks of 32 rows, a partial row each. Few columns: fewer blocks of 32 than half the multiprocessors (taken as 108)."""
+    blocks of 32 rows, a partial row each. Few: fewer blocks of 32 columns than half the multiprocessors (108 here)."""
     wanted, weight = args[-1], args[5]
     columns = weight.numel() if weight is not None else 0
     rows = args[1].numel() // max(1, columns)
@@ -137,8 +137,8 @@ def _foreach_norm(args: Any, kwargs: Any, out: Any) -> Need:
 def _convolution(args: Any, kwargs: Any, out: Any) -> Need:
     """A bound on cuDNN's workspace, not a formula of it: what its heuristics choose is not public.
 
-    In 16 bits its tensor-core kernels work on channels-last data, so that contiguous operands and the result may each be
-    copied once; operands that are channels-last already are used where they are.
+    In 16 bits its tensor-core kernels work on channels-last data, so that contiguous operands and the result may each
+    be copied once; operands that are channels-last already are used where they are.
     """
     operand, weight = args[0], args[1]
     if operand.dtype not in HALVES or not operand.is_contiguous():

@@ -1,14 +1,13 @@
 """Ops whose buffers no formula predicts: run once for real when small, run smaller and scaled when large.
 
 oneDNN chooses among dozens of convolution kernels by instruction set, shape, batch and threads. Each wants its own
-reordered copies, so the op itself is asked (measure.py). The answer is kept per shape. An op that would take too long is
+reordered copies, so the op itself is asked (measure.py), once per shape. What would take too long is
 
-    convolution, batched product    measured with a small batch and with twice that, and continued as a straight line
-    LSTM layer                      the same over time steps
-    matrix product                  measured with its largest sides halved until it is small: packing buffers are blocks,
-                                    they do not grow with the matrix
-    attention                       taken from the formula of its kernel
-    anything else                   taken to need nothing
+    convolution, batched product   measured with a small batch and with twice that, and continued as a straight line
+    LSTM layer                     the same over time steps
+    matrix product                 measured with its largest sides halved until it is small: packing buffers are blocks
+    attention                      taken from the formula of its kernel
+    anything else                  taken to need nothing
 
 Not covered: another processor than this one; it may choose other kernels.
 """
