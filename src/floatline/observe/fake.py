@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.errors import FloatlineError, ModelError
 
@@ -46,6 +46,7 @@ REAL_BYTES = 2**26
 REAL_FLOATS = 2**16
 """Most elements of a float result that is computed for real."""
 _VALUES_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
 _NOMINAL = "_floatline_nominal"
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -80,6 +81,8 @@ class Faking(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
         special = _SPECIAL.get(func)
         out = special(self, func, args, kwargs) if special else self.run(func, args, kwargs)
         self.saw(func, args, kwargs, out)

@@ -15,8 +15,9 @@ What kernels allocate inside of an op and free again (scratch.py) is recorded as
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +31,16 @@ from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking, tensors_in
 from floatline.observe.scratch import NOTHING, Scratch
+from floatline.techniques.placement import allocates_on_host, allocates_within_kernel
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the plain tensors that a tensor subclass (low-bit state, shards) is made of."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_parts(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, torch.Tensor):  # a sharded tensor also names its mesh
+                yield from plain_parts(part)
     else:
         yield tensor
 
@@ -47,13 +51,12 @@ class Recorder(Faking):
     Args:
         fake_mode: The mode below.
         scratch: What kernels allocate inside.
-        on_host: () -> whether allocations go to host memory now.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode, scratch: Scratch, on_host: Callable[[], bool]) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, scratch: Scratch) -> None:
         super().__init__(fake_mode)
         self.trace = Trace()
-        self.scratch, self.on_host = scratch, on_host
+        self.scratch = scratch
         self.update = -1
         self.phase = Phase.START
         self.modules: list[str] = [""]
@@ -61,6 +64,7 @@ class Recorder(Faking):
         self._made_by: dict[int, str] = {}  # number of an autograd node -> module
         self._gradients_of: nn.Module | None = None
         self._settled = 0
+        self._finished = False
         self.vocabulary = 0
         self._alone = engine_alone()
 
@@ -69,7 +73,8 @@ class Recorder(Faking):
         name = func._schema.name.replace("::", ".")
         if grows_in_place(func, args, kwargs, self._alone):
             self._takes_over(args[0], out)
-        need = NOTHING if func.is_view else self.scratch(func, args, kwargs, out)
+        elsewhere = func.is_view or allocates_within_kernel() or allocates_on_host()
+        need = NOTHING if elsewhere else self.scratch(func, args, kwargs, out)
         for place, tensor in enumerate(tensors_in(out)):
             self._born(tensor, name, phase, module, need.storages[place] if need.storages else 0)
         if func.is_view:
@@ -120,15 +125,15 @@ class Recorder(Faking):
         """Record a storage that was not there before; `real` are its bytes where the fake one has other ones."""
         storage = tensor.untyped_storage()
         address = storage._cdata
-        nbytes = 0 if address in self._numbers else real or storage.nbytes()
+        nbytes = 0 if address in self._numbers or allocates_within_kernel() else real or storage.nbytes()
         if not nbytes:
             return
-        made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, self.on_host())
+        made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, allocates_on_host())
         number = len(self.trace.storages)
         self.trace.storages.append(made)
         self._events_of(made).append((number, nbytes))
         self._numbers[address] = number
-        weakref.finalize(storage, self._died, address, made).atexit = False
+        weakref.finalize(storage, self._died, address).atexit = False
 
     def _takes_over(self, earlier: torch.Tensor, later: torch.Tensor) -> None:
         """The memory of a tensor that is about to die becomes that of another."""
@@ -136,7 +141,7 @@ class Recorder(Faking):
         if number is not None:
             storage = later.untyped_storage()
             self._numbers[storage._cdata] = number
-            weakref.finalize(storage, self._died, storage._cdata, self.trace.storages[number]).atexit = False
+            weakref.finalize(storage, self._died, storage._cdata).atexit = False
 
     def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
         """Return what a storage seems to be for when it is born."""
@@ -145,10 +150,10 @@ class Recorder(Faking):
             return Category.LOGITS if wide else Category.ACTIVATION
         return Category.TEMPORARY
 
-    def _died(self, address: int, made: Storage) -> None:
-        number = self._numbers.get(address)
-        if number is not None and self.trace.storages[number] is made:
-            del self._numbers[address]
+    def _died(self, address: int) -> None:
+        number = self._numbers.pop(address, None)
+        if number is not None and not self._finished:
+            made = self.trace.storages[number]
             self._events_of(made).append((number, -made.nbytes))
 
     def _events_of(self, made: Storage) -> list[tuple[int, int]]:
@@ -168,6 +173,35 @@ class Recorder(Faking):
         cost.calls += 1
         cost.flops += flops
         cost.nbytes += nbytes
+
+    def finish(self) -> None:
+        """End the record: what dies from now on dies because the model is given up."""
+        self._finished = True
+
+    # What no op shows (techniques/placement.py)
+
+    def moved_to_host(self, tensor: torch.Tensor) -> None:
+        for part in plain_parts(tensor):
+            number = self.number_of(part)
+            if number is not None and not self.trace.storages[number].host:
+                self._replace(part, number, host=True)
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        number, nbytes = self.number_of(tensor), tensor.untyped_storage().nbytes()
+        if number is None:
+            self._born(tensor, "resize", *self._place())
+        elif nbytes != self.trace.storages[number].nbytes:
+            self._replace(tensor, number, nbytes=nbytes)
+
+    def _replace(self, tensor: torch.Tensor, number: int, **changes: Any) -> None:
+        """End a storage's record and begin another for the same tensor."""
+        address = tensor.untyped_storage()._cdata
+        self._died(address)
+        made = replace(self.trace.storages[number], update=self.update, **changes)
+        if made.nbytes:
+            self._numbers[address] = len(self.trace.storages)
+            self._events_of(made).append((self._numbers[address], made.nbytes))
+            self.trace.storages.append(made)
 
     # What a storage is for
 

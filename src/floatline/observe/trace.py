@@ -22,11 +22,14 @@ from floatline.observe.events import Phase, Trace
 from floatline.observe.fake import fake_batch, fake_model, faking
 from floatline.observe.recorder import Recorder, module_names
 from floatline.observe.scratch import scratch_of
+from floatline.observe.target import on_target
 from floatline.precision import Policy, apply_precision
 from floatline.precision import resolve as resolve_precision
+from floatline.precision.apply import TARGET_NAMES
 from floatline.step import TrainStep, Workload
 from floatline.step.batch import call_model
 from floatline.techniques import Technique
+from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
 MOST_TRACED = 2
@@ -74,7 +77,7 @@ def trace(
                 work.loss,
                 max_grad_norm,
                 techniques=techniques,
-                **({"hardware": hardware} if hardware.kind == "cuda" else {}),
+                hardware=hardware,
             )
             recorder.trace.notes += step.stack.notes
             _update(recorder, step, batch, updates)
@@ -85,8 +88,10 @@ def trace(
 def _recording(hardware: Hardware) -> Iterator[Recorder]:
     with ExitStack() as stack:
         scratch = scratch_of(hardware)
-        recorder = stack.enter_context(faking(lambda mode: Recorder(mode, scratch, lambda: False)))
+        recorder = stack.enter_context(faking(lambda mode: Recorder(mode, scratch)))
         assert isinstance(recorder, Recorder)
+        stack.enter_context(on_target(hardware))
+        stack.enter_context(watching(recorder))
         yield recorder
         recorder.trace.assumptions = list(recorder.assumptions)
 
@@ -114,7 +119,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> None:
-    """Run the updates. Of many micro-batches two are run: from the second on each finds the same memory."""
+    """Run the updates. Of many micro-batches two are run, in the last: from the second on all find the same memory."""
     model = step.model
     _start(recorder, model)
     with module_names(model, recorder):
@@ -124,12 +129,15 @@ def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> No
             recorder.enroll_batch(ready)
             parts = ready if isinstance(ready, list) else step.stack.split(ready)
             recorder.enroll_batch(parts)
-            step(parts[:MOST_TRACED])
+            last = update == updates - 1
+            step(parts[: MOST_TRACED if last else 1])
             recorder.trace.micro_batches = len(parts)
             recorder.phase = Phase.BETWEEN
             recorder.enroll_state(step.optimizer)
             recorder.enroll_model(model)
-            del ready, parts
+            if not last:
+                del ready, parts
+        recorder.finish()
     traced = min(MOST_TRACED, recorder.trace.micro_batches)
     recorder.trace.stretch(recorder.trace.micro_batches / traced)
 
@@ -140,8 +148,16 @@ def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, har
     _start(recorder, model)
     with module_names(model, recorder), torch.no_grad(), applied.autocast():
         recorder.begin(0)
-        ready = fake_batch(batch, recorder)
+        ready = fake_batch(_unlabelled(batch), recorder)
         recorder.enroll_batch(ready)
         output = call_model(model, ready)
         recorder.phase = Phase.BETWEEN
         del output
+        recorder.finish()
+
+
+def _unlabelled(batch: Any) -> Any:
+    """Return a batch without what only a loss needs."""
+    if isinstance(batch, dict):
+        return type(batch)({key: value for key, value in batch.items() if key not in TARGET_NAMES})
+    return batch
