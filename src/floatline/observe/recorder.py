@@ -9,7 +9,8 @@ that holds it a release (`weakref.finalize` on the storage). Where in the progra
     category  what a storage turned out to be for: looked up in the model, its gradients and the optimizer's state; what
               a forward leaves alive for the backward is an activation
 
-What kernels allocate inside of an op and free again (scratch.py) is recorded as a workspace around its results.
+What kernels allocate inside of an op and free again (scratch/) is recorded as a workspace around its results. A
+sum of two gradients takes over the memory of the first where autograd would have added in place (accumulate.py).
 """
 
 from __future__ import annotations
