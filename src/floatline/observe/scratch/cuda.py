@@ -23,9 +23,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from floatline.observe.scratch import NOTHING, Need
 from floatline.observe.scratch.shared import HALVES, SHARED, Rule, argument, size_of, up
+from floatline.techniques.placement import is_fake
 
 aten = torch.ops.aten
 
@@ -96,15 +98,37 @@ def _index_put(args: Any, kwargs: Any, out: torch.Tensor) -> Need:
     of keys and values, all int64; and the values expanded where they are broadcast."""
     if not argument(args, kwargs, 3, "accumulate", False):
         return NOTHING
-    indices = [index for index in args[1] if index is not None]
-    if not indices:
+    found = _places(args[0], args[1])
+    if found is None:
         return NOTHING
-    number = torch.broadcast_shapes(*(tuple(index.shape) for index in indices)).numel()
-    slices = args[0].numel()
-    for place, index in enumerate(args[1]):
-        slices //= max(1, args[0].shape[place]) if index is not None else 1
+    number, slices = found
     whole = number * slices * args[2].element_size()
     return Need(6 * 8 * number + (0 if size_of(args[2]) == whole and args[2].is_contiguous() else whole))
+
+
+def _places(tensor: torch.Tensor, indices: Any) -> tuple[int, int] | None:
+    """Return how many places indices name, and the elements of each; a mask names those that are true."""
+    shapes, counts, dimension, slices = [], [], 0, tensor.numel()
+    for index in indices:
+        if index is None:
+            dimension += 1
+            continue
+        mask = index.dtype in (torch.bool, torch.uint8)
+        for _ in range(index.dim() if mask else 1):
+            slices //= max(1, tensor.shape[dimension])
+            dimension += 1
+        if mask:
+            counts.append(index.numel() // 2 if is_fake(index) else _true_in(index))
+        else:
+            shapes.append(tuple(index.shape))
+    if not shapes and not counts:
+        return None
+    return max([*counts, torch.broadcast_shapes(*shapes).numel() if shapes else 1]), slices
+
+
+def _true_in(mask: torch.Tensor) -> int:
+    with unset_fake_temporarily():
+        return int(mask.count_nonzero())
 
 
 def _layer_norm(args: Any, kwargs: Any, out: Any) -> Need:
