@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
-from floatline.observe.fake import Faking, tensors_in
+from floatline.observe.fake import Faking
+from floatline.observe.real import tensors_in
 
 Scratch = Callable[[Any, Any, Any, Any], int]
 """(op, args, kwargs, result) -> bytes that the kernel allocates and frees again."""

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Phase, Trace
-from floatline.observe.fake import fake_batch, fake_model, faking
+from floatline.observe.fake import faking
+from floatline.observe.fake_model import fake_batch, fake_model
 from floatline.observe.recorder import Recorder, module_names
 from floatline.observe.scratch import scratch_of
 from floatline.precision import Policy, apply_precision

@@ -1,0 +1,79 @@
+"""Models and batches without their data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, unset_fake_temporarily
+
+from floatline.errors import FloatlineError, ModelError
+from floatline.observe.fake import Faking
+from floatline.observe.real import is_small
+
+
+def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.Module:
+    """Return a model with fake parameters; one that exists already is copied without its data.
+
+    Raises:
+        ModelError: The factory fails on fake tensors.
+    """
+    if isinstance(model, nn.Module):
+        with FakeCopyMode(mode.fake_mode):
+            made = copy.deepcopy(model)
+        _restore_small(model, made)
+    else:
+        made = _built(model)
+    fake_parameters(made, mode)
+    return made
+
+
+def _built(factory: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return factory()
+    except (FloatlineError, TypeError, NameError, AttributeError):
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"the model cannot be built without its memory: {str(error).splitlines()[0]}",
+            hint="build it on the CPU, from its config, without loading weights or moving it to a GPU",
+        ) from error
+
+
+def _restore_small(model: nn.Module, made: nn.Module) -> None:
+    """Give small integer and boolean buffers of the copy their values back: programs branch on them."""
+    for module, other in zip(model.modules(), made.modules(), strict=True):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_floating_point() and is_small(buffer):
+                with unset_fake_temporarily():
+                    other._buffers[name] = buffer.detach().clone()
+
+
+def fake_parameters(model: nn.Module, mode: Faking) -> None:
+    """Turn the parameters that were small enough to be real into fake ones, in place."""
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                if id(parameter) not in known:
+                    fake = nn.Parameter(mode.fake(parameter.detach()), requires_grad=parameter.requires_grad)
+                    fake.__dict__.update(parameter.__dict__)
+                    known[id(parameter)] = fake
+                module._parameters[name] = known[id(parameter)]
+
+
+def fake_batch(batch: Any, mode: Faking) -> Any:
+    """Return a batch with fake floats; integers and booleans stay real, the program may look at them."""
+    if isinstance(batch, torch.Tensor):
+        return mode.fake(batch) if batch.is_floating_point() or not is_small(batch) else batch
+    if isinstance(batch, dict):
+        values = {key: fake_batch(value, mode) for key, value in batch.items()}
+        return type(batch)(values)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(fake_batch(value, mode) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(fake_batch(value, mode) for value in batch)
+    return batch
