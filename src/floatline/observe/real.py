@@ -58,10 +58,17 @@ def where() -> str | None:
     return ""
 
 
+_PLUMBING = (_HERE, *(_TORCH + path for path in ("_compile.py", "_dynamo", "_tensor.py", "_ops.py", "_subclasses")))
+
+
+def program_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame that is not plumbing between a program and this mode; of torch or of the user."""
+    while frame is not None and frame.f_code.co_filename.startswith(_PLUMBING):
+        frame = frame.f_back
+    return frame
+
+
 def asking() -> tuple[int, int]:
     """Return what tells one place in a running function from another: the frame's address and the instruction."""
-    frame: FrameType | None = sys._getframe(1)
-    plumbing = (_HERE, _TORCH + "_compile.py", _TORCH + "_dynamo", _TORCH + "_tensor.py", _TORCH + "_ops.py")
-    while frame is not None and frame.f_code.co_filename.startswith(plumbing):
-        frame = frame.f_back
+    frame = program_frame(sys._getframe(1))
     return (id(frame), frame.f_lasti) if frame is not None else (0, 0)

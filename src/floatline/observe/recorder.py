@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking
+from floatline.observe.inplace import adds_gradients
 from floatline.observe.real import tensors_in
 
 Scratch = Callable[[Any, Any, Any, Any], int]
@@ -63,14 +64,18 @@ class Recorder(Faking):
         self._made_by: dict[int, str] = {}  # number of an autograd node -> module
         self._gradients_of: nn.Module | None = None
         self._settled = 0
+        self._sum: int | None = None  # number of the storage that the sum just made would have been written into
         self.vocabulary = 0
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         phase, module = self._place()
         name = func._schema.name.replace("::", ".")
         born = False
+        self._sum = None
         for tensor in tensors_in(out):
             born |= self._born(tensor, name, phase, module)
+        if born and phase is Phase.BACKWARD and adds_gradients(func, args):
+            self._sum = self.number_of(args[0])
         if func.is_view:
             return
         if born and (extra := self.scratch(func, args, kwargs, out)):
@@ -138,9 +143,22 @@ class Recorder(Faking):
 
     def _died(self, address: int, made: Storage) -> None:
         number = self._numbers.get(address)
-        if number is not None and self.trace.storages[number] is made:
-            del self._numbers[address]
+        if number is None or self.trace.storages[number] is not made:
+            return
+        del self._numbers[address]
+        if number == self._sum and self.trace.storages[-1].nbytes == made.nbytes:
+            self._take_back(number)
+        else:
             self._events_of(made).append((number, -made.nbytes))
+
+    def _take_back(self, number: int) -> None:
+        """Let the storage that was made last be storage `number`: autograd adds in place (inplace.py)."""
+        made, last = self.trace.storages.pop(), len(self.trace.storages)
+        self._events_of(made).pop()
+        self.trace.storages[number] = made
+        address = next(address for address, other in self._numbers.items() if other == last)
+        self._numbers[address] = number
+        self._sum = None
 
     def _events_of(self, made: Storage) -> list[tuple[int, int]]:
         return self.trace.host_events if made.host else self.trace.events
