@@ -49,25 +49,25 @@ def check(pool: SegmentPool, driver: Driver, live: list[Block]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(STEPS, st.booleans(), st.booleans(), st.integers(20, 200))
-def test_blocks_tile_their_segments(steps, expandable, small, capacity):
+def test_blocks_tile_their_segments(steps, by_page, small, capacity):
     """Some random life: requests (in MiB or 16 KiB), frees, and now and then everything cached is returned."""
     driver = Driver(capacity * MIB, None)
-    pool = (ExpandablePool if expandable else SegmentPool)(driver, AllocatorSettings(), small=small)
+    pool = (ExpandablePool if by_page else SegmentPool)(driver, AllocatorSettings(), small=small)
     live: list[Block] = []
     for which, length, kind in steps:
-        if kind < 5:
-            size = length * 16 * 1024 if small else (length + 2) * MIB // 2
+        if kind < 4:
+            size = length * 16 * 1024 if small else (length + 2) * MIB
             block = pool.find(size) or pool.grow(size)
             if block is not None:
                 assert block.size >= size
                 live.append(pool.use(block, size))
-        elif kind < 9 and live:
+        elif kind < 8 and live:
             pool.put_back(live.pop(which % len(live)))
         else:
             held = driver.reserved
             pool.release()
             returned = held - driver.reserved
-            assert returned % pool.page == 0 if expandable else returned % (2 * MIB) == 0
+            assert returned % pool.page == 0 if by_page else returned % (2 * MIB) == 0
             assert live or driver.reserved == 0
         check(pool, driver, live)
 
@@ -81,11 +81,38 @@ def test_equal_blocks_are_taken_from_the_lowest_address(pool):
     assert [made.find(5 * MIB).address for _ in range(3)] == sorted(blocks[k].address for k in (1, 3, 5))
 
 
+def expandable(*sizes: int) -> tuple[ExpandablePool, list[Block]]:
+    """A large pool with blocks of so many MiB, side by side from address 0."""
+    pool = ExpandablePool(Driver(None, None), AllocatorSettings(), small=False)
+    return pool, [pool.use(pool.find(n * MIB) or pool.grow(n * MIB), n * MIB) for n in sizes]
+
+
+def test_only_whole_pages_are_unmapped_and_only_needed_ones_mapped():
+    """The hole 10..65 holds the pages 20..40 and 40..60; 25 MiB over its first part need one of them."""
+    pool, blocks = expandable(10, 55, 10)
+    pool.put_back(blocks[1])
+    pool.release()
+    assert [(entry[1] // MIB, entry[0] // MIB) for entry in pool.cached] == [(60, 5), (75, 5), (10, 10)]
+    assert (pool.driver.reserved, pool.segments) == (40 * MIB, 2)
+    check(pool, pool.driver, [blocks[0], blocks[2]])
+    block = pool.grow(25 * MIB)
+    assert (block.address, block.size, pool.driver.reserved) == (10 * MIB, 30 * MIB, 60 * MIB)
+
+
+def test_of_blocks_before_gaps_the_one_that_could_grow_least_is_taken():
+    """Free are 10..20 before a gap of 20, 51..60 before one of 40, and 112..120 before the open end; all hold 5."""
+    pool, blocks = expandable(10, 30, 11, 49, 12)
+    pool.put_back(blocks[1])
+    pool.put_back(blocks[3])
+    pool.release()
+    assert [(entry[1] // MIB, entry[0] // MIB) for entry in pool.cached] == [(112, 8), (51, 9), (10, 10)]
+    assert pool.find(5 * MIB).address == 10 * MIB
+
+
 def test_pages_mapped_before_memory_ran_out_stay():
     """60 MiB fit over two gaps and a free block between them; memory is there for the first gap only."""
-    driver = Driver(80 * MIB, None)
-    pool = ExpandablePool(driver, AllocatorSettings(), small=False)
-    blocks = [pool.use(pool.grow(20 * MIB), 20 * MIB) for _ in range(4)]
+    pool, blocks = expandable(20, 20, 20, 20)
+    driver = pool.driver
     pool.put_back(blocks[0])
     pool.put_back(blocks[2])
     pool.release()

@@ -236,7 +236,9 @@ def test_fp8_needs_ada_on_cuda():
     verdict = low(bits="fp8").supports(resolve_hardware("t4"), net())
     assert not verdict and "8.9" in verdict.reason
     assert low(bits="fp8").supports(resolve_hardware("h100"), net()) and low().supports(resolve_hardware("t4"), net())
-    assert low_bit_optimizer.compiles(resolve_hardware("cpu")) is False
+    compiles = low_bit_optimizer.compiles
+    assert not compiles(resolve_hardware("cpu"), triton=True) and not compiles(resolve_hardware("p100"), triton=True)
+    assert compiles(resolve_hardware("t4"), triton=True) and not compiles(resolve_hardware("t4"), triton=False)
 
 
 class FakeBitsAndBytes(torch.optim.SGD):

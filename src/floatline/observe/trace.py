@@ -23,11 +23,13 @@ from floatline.observe.fake import faking
 from floatline.observe.fake_model import fake_batch, fake_model
 from floatline.observe.recorder import Recorder, module_names
 from floatline.observe.scratch import scratch_of
+from floatline.observe.target import on_target
 from floatline.precision import Policy, apply_precision
 from floatline.precision import resolve as resolve_precision
 from floatline.step import TrainStep, Workload
 from floatline.step.batch import call_model
 from floatline.techniques import Technique
+from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
 MOST_TRACED = 2
@@ -75,7 +77,7 @@ def trace(
                 work.loss,
                 max_grad_norm,
                 techniques=techniques,
-                **({"hardware": hardware} if hardware.kind == "cuda" else {}),
+                hardware=hardware,
             )
             recorder.trace.notes += step.stack.notes
             _update(recorder, step, batch, updates)
@@ -86,8 +88,10 @@ def trace(
 def _recording(hardware: Hardware) -> Iterator[Recorder]:
     with ExitStack() as stack:
         scratch = scratch_of(hardware)
-        recorder = stack.enter_context(faking(lambda mode: Recorder(mode, scratch, lambda: False)))
+        recorder = stack.enter_context(faking(lambda mode: Recorder(mode, scratch)))
         assert isinstance(recorder, Recorder)
+        stack.enter_context(on_target(hardware))
+        stack.enter_context(watching(recorder))
         yield recorder
         recorder.trace.assumptions = list(recorder.assumptions)
 
@@ -130,7 +134,9 @@ def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> No
             recorder.phase = Phase.BETWEEN
             recorder.enroll_state(step.optimizer)
             recorder.enroll_model(model)
-            del ready, parts
+            if update < updates - 1:
+                del ready, parts
+        recorder.finish()
     traced = min(MOST_TRACED, recorder.trace.micro_batches)
     recorder.trace.stretch(recorder.trace.micro_batches / traced)
 
@@ -146,3 +152,4 @@ def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, har
         output = call_model(model, ready)
         recorder.phase = Phase.BETWEEN
         del output
+        recorder.finish()

@@ -1,1 +1,1 @@
-"""Planning: whether a training run fits a GPU, and with what, without that GPU."""
+"""Plan a run before it starts: will it fit, with what, and at what cost."""

@@ -92,7 +92,7 @@ class SegmentPool:
         self.oversize = settings.oversize
         self.least_rest = SMALLEST_BLOCK if small else LARGEST_SMALL + 1
         """Smallest remainder that is split off."""
-        self.split_below = float("inf") if small else settings.oversize
+        self.split_below = self.oversize
         """Size of a request from which on its block stays whole."""
         self.cached: list[tuple[int, int, Block]] = []
         """Free blocks by size and address."""
@@ -174,7 +174,7 @@ class SegmentPool:
         """
         if self.oversize == float("inf"):
             return False
-        need = max(size, self.oversize)
+        need = size
         place = bisect_left(self.cached, (need,))
         if place < len(self.cached):
             self._return(self.cached[place][2])

@@ -108,7 +108,7 @@ class Checkpointing(Technique):
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         if self.budget is not None:
             notes = (
-                ("not traced: the plan is the one without it, for nothing is compiled",) if holds_fakes(model) else ()
+                ("not traced: fake tensors are not compiled, so nothing is recomputed",) if holds_fakes(model) else ()
             )
             return Applied(technique=self, touched=("",), notes=notes, during=partial(_memory_budget, self.budget))
         chosen = outermost(chosen_layers(model, self.layers, setting="checkpointing.layers"))

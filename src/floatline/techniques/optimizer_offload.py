@@ -59,9 +59,11 @@ class OptimizerOffload(Technique):
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         made: list[OffloadedOptimizer] = []
+        planned = stands_in(model, hardware)
+        smallest = SMALLEST if planned else 0  # there all is on a CPU, and the small pieces stand for a GPU's
 
         def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-            store = HostStore(always=stands_in(model, hardware))
+            store = HostStore(always=planned)
             made.append(OffloadedOptimizer(optimizer, self.bucket_bytes, store))
             return made[-1]
 
@@ -71,7 +73,7 @@ class OptimizerOffload(Technique):
             made.clear()
 
         def facts() -> dict[str, float]:
-            return {"host_bytes": float(sum(state_bytes(optimizer, "cpu") for optimizer in made))}
+            return {"host_bytes": float(sum(state_bytes(optimizer, "cpu", smallest) for optimizer in made))}
 
         touched = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         notes = () if hardware.kind != "cpu" else ("saves nothing here: on a CPU the state is in host memory already",)

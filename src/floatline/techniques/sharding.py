@@ -49,7 +49,7 @@ from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.distributed.groups import join_ranks
 from floatline.techniques.distributed.ranks import RankGroup
 from floatline.techniques.distributed.shards import Unit, end_units, local_bytes, plan_units
-from floatline.techniques.distributed.standing_in import ShardsOnHost, telling_of_gathers
+from floatline.techniques.distributed.standing_in import tell_of_masters, tell_of_shards, telling_of_gathers
 from floatline.techniques.distributed.unshard import Trace
 from floatline.techniques.layers import chosen_layers
 from floatline.techniques.placement import on_host, stands_in
@@ -114,8 +114,8 @@ class Sharding(Technique):
         undo = _shard(self, model, units, formats, device_type)
         told: dict[str, Any] = {"during": telling_of_gathers} if plans else {}
         if plans and self.cpu_offload:
-            shards = ShardsOnHost(model)
-            told |= {"optimizer": shards.optimizer, "update": on_host}
+            tell_of_shards(model)
+            told |= {"optimizer": tell_of_masters, "update": on_host}
         return Applied(
             technique=self,
             touched=(*touched, ""),

@@ -1,8 +1,9 @@
 """The rules of a target GPU, applied to code that runs on (fake) CPU tensors.
 
-Fake tensors of the `cuda` device need a GPU, so a step is traced on fake CPU tensors. What a GPU does differently with the
-same program is put on here, one rule a file: autocast's lists, the attention kernel and what it saves, dropout and
-softmax, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides.
+Fake tensors of the `cuda` device need a GPU, so a step is traced on fake CPU tensors. What a GPU does differently
+with the same program is put on here, one rule a file: autocast's lists, the attention kernel and what it saves,
+dropout and softmax, RMS norm, LSTMs, optimizers' foreach form. `workspaces` tells what cuBLAS takes besides,
+`attention_scratch` what attention takes inside.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ from contextlib import ExitStack, contextmanager
 from floatline.hardware import Hardware
 from floatline.observe.target.attention import target_attention
 from floatline.observe.target.attention_choice import Choice, chosen_kernel
+from floatline.observe.target.attention_scratch import attention_scratch
 from floatline.observe.target.autocast import cuda_autocast
 from floatline.observe.target.dropout import target_pointwise
+from floatline.observe.target.norms import target_norms
 from floatline.observe.target.optimizers import target_optimizers
+from floatline.observe.target.recurrent import target_recurrent
 from floatline.observe.target.workspaces import workspaces
 
 __all__ = [
     "Choice",
+    "attention_scratch",
     "chosen_kernel",
     "cuda_autocast",
     "on_target",
     "target_attention",
+    "target_norms",
     "target_optimizers",
     "target_pointwise",
+    "target_recurrent",
     "workspaces",
 ]
 
@@ -48,5 +55,7 @@ def on_target(hardware: Hardware) -> Iterator[None]:
             stack.enter_context(cuda_autocast())
             stack.enter_context(target_attention(hardware))
             stack.enter_context(target_pointwise())
+            stack.enter_context(target_norms())
+            stack.enter_context(target_recurrent())
             stack.enter_context(target_optimizers())
         yield

@@ -1,18 +1,18 @@
 """Attention computed by the kernel that the target GPU would choose, on fake CPU tensors.
 
-On a CPU `torch.nn.functional.scaled_dot_product_attention` (SDPA) takes another kernel with other saved tensors. Within
-`target_attention` its body is this one: the choice is made as on the GPU (attention_choice.py), and aten's own kernel is
-called, whose meta function allocates what the real one returns and saves: the output and the fp32 logsumexp of each row
-(rounded up to 32 rows by the efficient kernel).
+On a CPU `torch.nn.functional.scaled_dot_product_attention` (SDPA) takes another kernel with other saved tensors.
+Within `target_attention` its body is this one: the choice is made as on the GPU (attention_choice.py), and aten's own
+kernel is called, whose meta function allocates what the real one returns and saves: the output and the fp32 logsumexp
+of each row (rounded up to 32 rows by the efficient kernel).
 
-What SDPA does around the kernels is done here too, for it can cost more than they do: a mask of bools becomes a mask of
-the query's format, a mask whose rows do not start at multiples of 8 elements is copied into a wider one, head dims are
-padded to multiples of 8 for flash, and math computes in fp32 on repeated keys and values. Under autocast the inputs arrive
-here cast already, as on CUDA.
+What SDPA does around the kernels is done here too, for it can cost more than they do: a mask of bools becomes a mask
+of the query's format, a mask whose rows do not start at multiples of 8 elements is copied into a wider one, head dims
+are padded to multiples of 8 for flash, and math computes in fp32 on repeated keys and values. Under autocast the
+inputs arrive here cast already, as on CUDA.
 
 Real tensors, nested tensors and those of other devices get torch's own body.
 
-Not covered: the kernels' scratch (flash's fp32 dQ in backward), 16 bytes of random state a call, and the fast path of
+Not covered here: the kernels' scratch (attention_scratch.py), and the fast path of
 `nn.TransformerEncoderLayer` in inference.
 
 Source: ATen/native/transformers/attention.cpp of torch 2.13.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -55,10 +56,9 @@ def _body(hardware: Hardware, own: Callable[..., torch.Tensor]) -> Callable[...,
         inputs = (query, key, value)
         if not is_fake_cpu(*inputs) or _left_to_torch(*inputs):
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        call = Call(query=query, key=key, value=value, mask=attn_mask, dropout=dropout_p, causal=is_causal, gqa=enable_gqa)
-        kernel = chosen_kernel(
-            hardware, query, key, value, attn_mask, dropout=dropout_p, causal=is_causal, gqa=enable_gqa
-        ).name
+        settings: dict[str, Any] = {"dropout": dropout_p, "causal": is_causal, "gqa": enable_gqa}
+        kernel = chosen_kernel(hardware, *inputs, attn_mask, **settings).name
+        call = Call(query=query, key=key, value=value, mask=attn_mask, **settings)
         return _RUN[kernel](call, _additive(attn_mask, query.dtype), scale)
 
     return attention

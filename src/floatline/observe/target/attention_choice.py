@@ -10,8 +10,9 @@ call. The conditions are the GPU's, so they are written out here, as torch has t
 
 The switches of `torch.nn.attention.sdpa_kernel` and of `torch.backends.cuda` hold, and so does an order set by them.
 
-Not covered: nested tensors, and FlashAttention-3 where a user activates it. That cuDNN comes first needs cuDNN newer than
-9.15, which the CUDA 13 builds of torch have; with the CUDA 12 builds flash comes first there (both save the same tensors).
+Not covered: nested tensors, and FlashAttention-3 where a user activates it. That cuDNN comes first needs cuDNN newer
+than 9.15, which the CUDA 13 builds of torch have; with the CUDA 12 builds flash comes first there (both save the same
+tensors).
 
 Source: ATen/native/transformers/cuda/sdp_utils.cpp of torch 2.13; sdp_utils_cpp.h as installed.
 """

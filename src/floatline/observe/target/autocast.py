@@ -1,8 +1,8 @@
 """CUDA's autocast on CPU tensors: which operators cast their inputs down, which up, and which not at all.
 
-`torch.autocast("cpu")` has lists of its own. layer_norm, softmax and exp, which CUDA computes in fp32, stay in bf16 there;
-fft, pooling, padding and cross_entropy, which CUDA leaves alone, go to fp32. A trace made with the CPU's lists therefore
-has tensors of the wrong size. Within `cuda_autocast()` an autocast region of the CPU follows CUDA's lists:
+`torch.autocast("cpu")` has lists of its own. layer_norm, softmax and exp, which CUDA computes in fp32, stay in bf16
+there; fft, pooling, padding and cross_entropy, which CUDA leaves alone, go to fp32. A trace made with the CPU's lists
+therefore has tensors of the wrong size. Within `cuda_autocast()` an autocast region of the CPU follows CUDA's lists:
 
     LOWER       all inputs are cast to the region's format: matmul, linear, convolutions, attention, RNN cells
     FP32        all inputs are cast to fp32: exp, pow, layer_norm, losses, upsampling
@@ -12,18 +12,20 @@ has tensors of the wrong size. Within `cuda_autocast()` an autocast region of th
     PROMOTE     all inputs are cast to the widest format among them: addcmul, index_put, scatter_add
     BANNED      binary_cross_entropy, which raises
 
-What an operator does is decided when it is called, by its kernel for the `AutocastCPU` key. Operators that both lists cast
-down keep the CPU's own kernel, and with it torch's cache of cast weights. The others get a kernel here, and
+What an operator does is decided when it is called, by its kernel for the `AutocastCPU` key. Operators that both lists
+cast down keep the CPU's own kernel, and with it torch's cache of cast weights. The others get a kernel here, and
 those that only the CPU casts get none. Which operators are on CUDA's list is asked of the dispatcher, which knows
 CUDA's registrations in a build for CPU too: a torch that lacks one of the names below is no error.
 
 The cache holds casts of fp32 leaves that require grad, down to the region's format, until the outermost region ends; a
 frozen weight is cast anew at each use. The kernels here keep a cache of the same rule, cleared together with torch's.
 
-Not covered: a weight that is used by an operator with the CPU's kernel and by one with a kernel of ours (linear and einsum)
-is cast once by each, CUDA casts it once. RNN modules see recurrent.py.
+On real tensors an operator can meet a format that a CPU has no kernel for (avg_pool3d of bf16): there torch raises.
 
-Source: ATen/autocast_mode.h, installed with torch (the lists and the rule of each); torch.amp documentation.
+Not covered: a weight that is used by an operator with the CPU's kernel and by one with a kernel of ours (linear and
+einsum) is cast once by each, CUDA casts it once. RNN modules see recurrent.py.
+
+Source: ATen/autocast_mode.h, installed with torch (the rule of each list); torch.amp documentation.
 """
 
 from __future__ import annotations
@@ -37,35 +39,9 @@ from torch.library import fallthrough_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from floatline.errors import PrecisionError
+from floatline.observe.target.autocast_lists import APPENDED, BANNED, CUDA_ONLY, FP32, FP32_DTYPE, LOWER, PROMOTE
 from floatline.observe.target.kernels import Kernel, exists, kernels_on, operator
-
-LOWER = frozenset(
-    "_convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input "
-    "conv_transpose3d.input convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm "
-    "bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell "
-    "rnn_relu_cell _scaled_dot_product_flash_attention scaled_dot_product_attention".split()
-)
-FP32 = frozenset(
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor "
-    "pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm.dim nuclear_norm "
-    "nuclear_norm.dim cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss "
-    "kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss "
-    "triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp "
-    "upsample_nearest1d _upsample_nearest_exact1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d "
-    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d "
-    "upsample_bicubic2d _upsample_bicubic2d_aa".split()
-)
-FP32_DTYPE = frozenset(
-    "prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm "
-    "linalg_matrix_norm.str_ord sum sum.dim_IntList".split()
-)
-APPENDED = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype"}
-PROMOTE = frozenset(
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
-)
-BANNED = "binary_cross_entropy"
-CUDA_ONLY = frozenset({"cudnn_convolution", "cudnn_convolution_transpose"})
-"""Registered for CUDA's autocast, but no CPU code can reach them."""
+from floatline.observe.target.shared_patch import Replacement, SharedPatch
 
 _EXCLUDED = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -106,7 +82,7 @@ def _table(cache: _CastCache) -> dict[str, Kernel]:
     """Return the kernels to put on: those for CUDA's list, and fallthroughs for what only the CPU casts."""
     cuda, cpu = registered("AutocastCUDA"), _of_cpu()
     kept = LOWER & cpu
-    table: dict[str, Kernel] = {name: fallthrough_kernel for name in cpu - cuda}
+    table: dict[str, Kernel] = dict.fromkeys(cpu - cuda, fallthrough_kernel)
     for name in cuda - kept - CUDA_ONLY:
         if exists(name):
             table[name] = _kernel(name, cache)
@@ -178,7 +154,7 @@ def _appending_dtype(name: str) -> Kernel:
 def _refuse(*args: Any, **kwargs: Any) -> Any:
     raise PrecisionError(
         "binary_cross_entropy raises inside CUDA's autocast: the log of a half-precision probability is not safe",
-        hint="use binary_cross_entropy_with_logits (nn.BCEWithLogitsLoss) on the logits, or make the loss an fp32 island",
+        hint="use binary_cross_entropy_with_logits (nn.BCEWithLogitsLoss), or make the loss an fp32 island",
     )
 
 
@@ -200,7 +176,7 @@ def _widest(tensors: list[torch.Tensor]) -> torch.dtype:
             current = torch.float32
         elif tensor.dtype != lower:
             raise PrecisionError(
-                f"an operator that promotes its inputs got {tensor.dtype} within autocast to {lower}: CUDA refuses that",
+                f"an operator that promotes its inputs got {tensor.dtype} in autocast to {lower}: CUDA refuses that",
                 hint=f"cast the input to {lower} or torch.float32 first",
             )
     return current
@@ -239,15 +215,31 @@ class _CastCache:
     @contextmanager
     def cleared_with_torchs(self) -> Iterator[None]:
         """Clear the cache whenever torch clears its own, which `torch.autocast` asks for at its outermost exit."""
-        before = torch.clear_autocast_cache
-
-        def clear() -> None:
-            self._casts.clear()
-            before()
-
-        torch.clear_autocast_cache = clear  # type: ignore[assignment]
+        _CACHES.append(self)
         try:
-            yield
+            with _CLEARING.held():
+                yield
         finally:
-            torch.clear_autocast_cache = before  # type: ignore[assignment]
-            self._casts.clear()
+            _CACHES.remove(self)
+            self.clear()
+
+    def clear(self) -> None:
+        self._casts.clear()
+
+
+_CACHES: list[_CastCache] = []
+"""Those of the contexts that are open."""
+
+
+def _clearing() -> list[Replacement]:
+    torchs = torch.clear_autocast_cache
+
+    def clear_autocast_cache() -> None:
+        for cache in _CACHES:
+            cache.clear()
+        torchs()
+
+    return [(torch, "clear_autocast_cache", clear_autocast_cache)]
+
+
+_CLEARING = SharedPatch(_clearing)

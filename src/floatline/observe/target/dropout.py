@@ -1,11 +1,11 @@
 """Dropout and half-precision softmax as CUDA computes them, on fake CPU tensors.
 
-Dropout: a CPU multiplies by noise in the input's format, and keeps that noise for backward: 2 or 4 bytes an element. CUDA's
-fused kernel keeps a mask of bools, one byte. Alpha and feature dropout are the same on both.
+Dropout: a CPU multiplies by noise in the input's format, and keeps that noise for backward: 2 or 4 bytes an element.
+CUDA's fused kernel keeps a mask of bools, one byte. Alpha and feature dropout are the same on both.
 
-Softmax of fp16 with an fp32 result (what autocast asks for, and `softmax(x, dtype=torch.float32)`): CUDA's kernel converts
-while it reads; a CPU makes an fp32 copy of the input first. For logits over a large vocabulary in fp16 that copy would be
-the peak of the step. For bf16 both make the copy, and so does this.
+Softmax of fp16 with an fp32 result (what autocast asks for, and `softmax(x, dtype=torch.float32)`): CUDA's kernel
+converts while it reads; a CPU makes an fp32 copy of the input first. For fp16 logits over a large vocabulary that
+copy can be the peak of the step. For bf16 both make the copy, and so does this.
 
 Real tensors get torch's own bodies.
 

@@ -1,12 +1,12 @@
 """Put kernels of our own under operators of torch, and take them off again.
 
-The dispatcher keeps, for each operator and dispatch key, a pile of kernels of which the last one registered counts. A
-`torch.library.Library` puts kernels on top, and destroying it removes exactly those, so that contexts nest, and what
-was there before comes back (an exception or an inner context that ends later changes nothing about it).
+Two keys of the dispatcher are used. `AutocastCPU` runs where autocast is on, above autograd: what a kernel there does
+with its inputs is recorded for backward. `CompositeImplicitAutograd` is the body of operators that are made of others;
+autograd records what the body calls, so a body that calls another kernel saves that kernel's tensors.
 
-Two keys are used. `AutocastCPU` runs where autocast is on, above autograd: what a kernel there does with its inputs is
-recorded for backward. `CompositeImplicitAutograd` is the body of operators that are made of others; autograd records
-what the body calls, so a body that calls another kernel saves that kernel's tensors.
+Contexts nest, and the last one that is still open counts. The dispatcher itself does not give an earlier Python
+kernel back when a later one is removed (seen on torch 2.13: the later one stays), so each operator gets one kernel of
+ours, which calls the last of a list; when the list is empty, the kernel is removed and torch's own is back.
 
 Kernels belong to the process, not to a thread: while a context is open, every thread computes by its rules.
 """
@@ -20,8 +20,41 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.library import fallthrough_kernel
 
 Kernel = Callable[..., Any]
+
+
+class _Place:
+    """One operator's kernel for one dispatch key: ours, while any context has put one there."""
+
+    def __init__(self, dispatch_key: str, name: str) -> None:
+        self._key, self._name = dispatch_key, name
+        self._kernels: list[Kernel] = []
+        self._library: Any = None
+        self.own: Kernel | None = None
+
+    def put(self, kernel: Kernel) -> None:
+        self._kernels.append(kernel)
+        if self._library is None:
+            self.own = _body_of(self._name) if self._key == "CompositeImplicitAutograd" else None
+            self._library = torch.library.Library("aten", "IMPL")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch tells once that a kernel is replaced: that is the purpose
+                ours = fallthrough_kernel if kernel is fallthrough_kernel else self._call
+                self._library.impl(self._name, ours, self._key)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._kernels[-1](*args, **kwargs)
+
+    def take(self, kernel: Kernel) -> None:
+        self._kernels.remove(kernel)
+        if not self._kernels:
+            self._library._destroy()
+            self._library = self.own = None
+
+
+_PLACES: dict[tuple[str, str], _Place] = {}
 
 
 @contextmanager
@@ -33,15 +66,16 @@ def kernels_on(dispatch_key: str, table: Mapping[str, Kernel]) -> Iterator[None]
         table: Operator with overload ("softmax.int", "exp") -> kernel, called with the operator's arguments;
             `torch.library.fallthrough_kernel` makes the key do nothing.
     """
-    library = torch.library.Library("aten", "IMPL")
+    put: list[tuple[_Place, Kernel]] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch tells once that a kernel is replaced: that is what we are here for
-            for name, kernel in table.items():
-                library.impl(name, kernel, dispatch_key)
+        for name, kernel in table.items():
+            place = _PLACES.setdefault((dispatch_key, name), _Place(dispatch_key, name))
+            place.put(kernel)
+            put.append((place, kernel))
         yield
     finally:
-        library._destroy()
+        for place, kernel in put:
+            place.take(kernel)
 
 
 def operator(name: str) -> Any:
@@ -58,10 +92,12 @@ def exists(name: str) -> bool:
 
 
 def own_body(name: str) -> Kernel:
-    """Return the operator's body as it is now, for tensors that a rule does not concern.
+    """Return torch's own body of a composite operator, for tensors that a rule does not concern."""
+    place = _PLACES.get(("CompositeImplicitAutograd", name))
+    return place.own if place is not None and place.own is not None else _body_of(name)
 
-    Taken before the rule's kernel is put on, or it would return that one.
-    """
+
+def _body_of(name: str) -> Kernel:
     kernel = torch.library.get_kernel(operator(name), "AutogradCPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
 

@@ -1,8 +1,8 @@
 """The workspaces that cuBLAS takes from torch's caching allocator, and keeps.
 
-Before the first matrix product on a stream, torch gives the thread's cuBLAS handle a workspace of a fixed size and keeps it for
-the life of the process, so it lies under every peak. Backward runs in a thread of its own, with a handle of its own: a
-training step has two workspaces, an inference one.
+Before the first matrix product on a stream, torch gives the thread's cuBLAS handle a workspace of a fixed size and
+keeps it for the life of the process, so it lies under every peak. Backward runs in a thread of its own, with a handle
+of its own: a training step has two workspaces, an inference one.
 
 Not covered: more streams (each has its own), and cuBLASLt's share where a user splits the two
 (TORCH_CUBLASLT_UNIFIED_WORKSPACE=0).
@@ -32,7 +32,8 @@ def workspaces(hardware: Hardware, *, training: bool = True, config: str | None 
     Raises:
         ConfigError: The config has another form.
 
-    Source: at::cuda::getChosenWorkspaceSize (ATen/cuda/CublasHandlePool.cpp); cuBLAS documentation, "Results reproducibility".
+    Source: at::cuda::getChosenWorkspaceSize (ATen/cuda/CublasHandlePool.cpp); cuBLAS documentation, "Results
+    reproducibility".
 
     >>> from floatline.hardware import lookup
     >>> workspaces(lookup("t4")), workspaces(lookup("h100"), training=False)

@@ -4,7 +4,8 @@ FSDP2 frees a gathered weight by resizing its storage to nothing, and gathers in
 And under its offload to CPU the shards, their gradients and the update are on the host, which on CPU tensors is no
 move at all. Here both are told (placement.py), and nothing is computed otherwise.
 
-Not covered: the copy of a shard on its way from the host into a gather, a layer's share at a time.
+Not covered: the copy of a shard on its way from the host into a gather, a layer's share at a time; buffers that FSDP2's
+CUDA streams hold until a later layer has waited for them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from floatline.techniques.distributed.shards import on_this_rank
+from floatline.techniques.distributed.shards import is_sharded, on_this_rank
 from floatline.techniques.placement import moved_to_host, resized
 
 
@@ -46,35 +47,22 @@ def _telling(function: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor
     return told
 
 
-class ShardsOnHost:
-    """Tells that the shards of a model, and the gradients that reach them, lie in host memory; the step's update runs
-    in `placement.on_host`.
-
-    Args:
-        model: Sharded.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._handles = []
-        for parameter in model.parameters():
-            moved_to_host(on_this_rank(parameter.detach()))
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(_gradient_moved))
-
-    def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Tell that what an optimizer steps is on the host: shards, or masters that were made of them."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                moved_to_host(on_this_rank(parameter.detach()))
-        return optimizer
-
-    def remove(self) -> None:
-        """Tell no more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+def tell_of_shards(model: nn.Module) -> None:
+    """Tell that the shards of a model lie in host memory, and each gradient that reaches one as soon as it does."""
+    for parameter in filter(is_sharded, model.parameters()):
+        moved_to_host(on_this_rank(parameter.detach()))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_tell_of_gradient)  # FSDP2 calls it; it goes with the shard
 
 
-def _gradient_moved(parameter: torch.Tensor) -> None:
+def _tell_of_gradient(parameter: torch.Tensor) -> None:
     if parameter.grad is not None:
         moved_to_host(on_this_rank(parameter.grad))
+
+
+def tell_of_masters(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Tell that what an optimizer steps is on the host: shards, or masters that were made of them; returns it."""
+    for group in optimizer.param_groups:
+        for parameter in filter(is_sharded, group["params"]):
+            moved_to_host(on_this_rank(parameter.detach()))
+    return optimizer

@@ -108,14 +108,16 @@ def tensor_parts(value: torch.Tensor) -> Sequence[torch.Tensor]:
     if not is_traceable_wrapper_subclass(value):
         return [value]
     names, _ = value.__tensor_flatten__()
-    return [part for name in names for part in tensor_parts(getattr(value, name))]
+    parts = [getattr(value, name) for name in names]  # a DTensor names its mesh, too
+    return [inner for part in parts if isinstance(part, torch.Tensor) for inner in tensor_parts(part)]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer, device: str | None = None) -> int:
+def state_bytes(optimizer: torch.optim.Optimizer, device: str | None = None, smallest: int = 0) -> int:
     """Return the bytes of an optimizer's state tensors; storage that several share counts once.
 
     Args:
         device: Count only what lies on that type of device, "cpu" or "cuda".
+        smallest: Leave out tensors of fewer bytes.
     """
     storages = {
         part.untyped_storage()._cdata: part.untyped_storage().nbytes()
@@ -123,6 +125,6 @@ def state_bytes(optimizer: torch.optim.Optimizer, device: str | None = None) -> 
         for value in state.values()
         if isinstance(value, torch.Tensor)
         for part in tensor_parts(value)
-        if device is None or part.device.type == device
+        if (device is None or part.device.type == device) and part.nbytes >= smallest
     }
     return sum(storages.values())

@@ -1,0 +1,101 @@
+"""Build a transformers model from its config: for real, on the meta device, or under fake tensors.
+
+Under a fake mode the weights are not initialised: there is nothing to initialise, and some initialisers read
+values back (a truncated normal looks at its bounds). For real they are, so that a run on a plan's workload trains.
+Weights of a checkpoint are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from floatline.errors import ModelError
+from floatline.plan.inputs.layout import real
+from floatline.plan.positions import text_config
+
+LAYER_DROP = frozenset({"layerdrop", "encoder_layerdrop", "decoder_layerdrop"})
+"""Keys of the chance that a layer is skipped in an update. A plan counts the update in which none is."""
+
+
+def model_factory(cls: Any, config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """Return a factory of the model that `config` describes, without a cache of keys and values.
+
+    No layer is skipped at random (layer drop), so that the largest update is the one that is planned.
+
+    Args:
+        cls: A transformers model class.
+        config: Its config; each model gets a copy of its own.
+        dtype: Format of the weights.
+
+    Raises:
+        ModelError: By the factory, where the config contradicts itself or the class needs a package.
+    """
+
+    def build() -> nn.Module:
+        return _without_values(cls, config, dtype) if faked() else _plain(cls, config, dtype)
+
+    return build
+
+
+def on_meta(cls: Any, config: Any) -> nn.Module:
+    """Return the model on the meta device: shapes without memory, also inside a fake mode."""
+    with real(), torch.device("meta"):
+        return _plain(cls, config, torch.float32)
+
+
+def count_parameters(cls: Any, config: Any) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in on_meta(cls, config).parameters())
+
+
+def drops_layers(config: Any) -> bool:
+    """Say whether training a config skips layers at random."""
+    return any(getattr(config, key, 0.0) > 0 for key in LAYER_DROP)
+
+
+def faked() -> bool:
+    """Say whether a tensor made now would be fake; it asks for 4 MiB that nothing ever touches."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(torch.empty(1 << 20), FakeTensor)
+
+
+def _plain(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    own = deepcopy(config)
+    for part in (own, text_config(own)):
+        part.use_cache = False
+    for key in LAYER_DROP & set(vars(own)):
+        setattr(own, key, 0.0)
+    _fill_tokens(own, cls)
+    try:
+        model: nn.Module = cls._from_config(own, dtype=dtype)
+    except (ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"{cls.__name__} cannot be built from its config: {said.strip()}",
+            hint="check the config against a published one" if not isinstance(error, ImportError) else "install it",
+        ) from error
+    return model.train()
+
+
+def _without_values(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model: Any = _plain(cls, config, dtype)
+    model.tie_weights()  # transformers ties where it initialises, so skipping one skips the other
+    return model
+
+
+def _fill_tokens(config: Any, cls: Any) -> None:
+    """Give a config the ids that a forward asks for and some checkpoints keep elsewhere; any id weighs the same."""
+    padding = getattr(config, "pad_token_id", None)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = padding or 0
+    if cls.__name__.endswith("ForSequenceClassification") and padding is None:
+        text_config(config).pad_token_id = text_config(config).vocab_size - 1

@@ -1,0 +1,1 @@
+"""Batches for every kind of model: which tensors, of which shapes, and why."""
