@@ -28,14 +28,131 @@ from torch.utils._pytree import tree_leaves
 
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
+from floatline.observe.fake import Faking
+from floatline.observe.inplace import adds_gradients
+from floatline.observe.real import tensors_in
+from floatline.techniques.placement import allocates_on_host, allocates_within_kernel
+
+Scratch = Callable[[Any, Any, Any, Any], int]
+"""(op, args, kwargs, result) -> bytes that the kernel allocates and frees again."""
+
+
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that a tensor subclass (low-bit state, shards) is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, torch.Tensor):  # a sharded tensor also names its mesh
+                yield from plain_parts(part)
+    else:
+        yield tensor
+
+
+class Recorder(Faking):
+    """Records allocations of all ops that run under it.
+
+    Args:
+        fake_mode: The mode below.
+        scratch: What kernels allocate inside.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode, scratch: Scratch) -> None:
+        super().__init__(fake_mode)
+        self.trace = Trace()
+        self.scratch = scratch
+        self.update = -1
+        self.phase = Phase.START
+        self.modules: list[str] = [""]
+        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
+        self._made_by: dict[int, str] = {}  # number of an autograd node -> module
+        self._gradients_of: nn.Module | None = None
+        self._settled = 0
+        self._sum: tuple[int, int] | None = None  # addresses of a first gradient, and of the sum just made
+        self._finished = False
+        self.vocabulary = 0
+
+    def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        phase, module = self._place()
+        name = func._schema.name.replace("::", ".")
+        born = False
+        self._sum = None
+        for tensor in tensors_in(out):
+            born |= self._born(tensor, name, phase, module)
+        if born and phase is Phase.BACKWARD and adds_gradients(func, args):
+            self._sum = (args[0].untyped_storage()._cdata, out.untyped_storage()._cdata)
+        if func.is_view:
+            return
+        if born and (extra := self.scratch(func, args, kwargs, out)):
+            self._passing(extra, name, phase, module)
+        if self.update >= 0:
+            self._add_cost(func, args, kwargs, out, phase, name)
+
+    def _place(self) -> tuple[Phase, str]:
+        """Return the phase and the module that the present op belongs to."""
+        node = torch._C._current_autograd_node()
+        inside = len(self.modules) > 1
+        if node is not None:
+            if not inside and self.phase is Phase.FORWARD:
+                self._end_forward()
+            return Phase.BACKWARD, self.modules[-1] if inside else self._made_by.get(node._sequence_nr(), "")
+        if self._gradients_of is not None and self.phase is Phase.OPTIMIZER:
+            model, self._gradients_of = self._gradients_of, None
+            self.enroll_gradients(model)
+        if torch.is_grad_enabled():
+            self._made_by[torch.autograd._get_sequence_nr() - 1] = self.modules[-1]
+        return self.phase, self.modules[-1]
+
+    def begin(self, update: int) -> None:
+        """Called before each update; costs are kept of the last one."""
+        self.update, self.phase = update, Phase.FORWARD
+        self.trace.begins.append(len(self.trace.events))
+        self.trace.costs.clear()
+        self._made_by.clear()
+        self._settled = len(self.trace.storages)
+
+    def begin_forward(self, model: nn.Module) -> None:
+        """Called when the whole model's forward begins."""
+        self.phase, self._gradients_of = Phase.FORWARD, model
+
+    def _end_forward(self) -> None:
+        """What the forward allocated and is dead by now was temporary; the rest waits for the backward."""
+        alive = set(self._numbers.values())
+        for number in range(self._settled, len(self.trace.storages)):
+            made = self.trace.storages[number]
+            if made.category is Category.ACTIVATION and number not in alive:
+                made.category = Category.TEMPORARY
+        self._settled = len(self.trace.storages)
+        self.phase = Phase.OPTIMIZER  # of what comes after the backward, until the next forward
+
+    def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str) -> bool:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        nbytes = 0 if address in self._numbers or allocates_within_kernel() else storage.nbytes()
+        if not nbytes:
+            return False
+        made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, allocates_on_host())
+        number = len(self.trace.storages)
+        self.trace.storages.append(made)
+        self._events_of(made).append((number, nbytes))
+        self._numbers[address] = number
+        weakref.finalize(storage, self._died, address).atexit = False
+        return True
+
+    def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
+        """Return what a storage seems to be for when it is born."""
+        if phase is Phase.FORWARD or (phase is Phase.BACKWARD and len(self.modules) > 1):  # or computed again
+            wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point()
+            return Category.LOGITS if wide else Category.ACTIVATION
+        return Category.TEMPORARY
+
     def _died(self, address: int) -> None:
         number = self._numbers.pop(address, None)
         if number is None or self._finished:
             return
-        made = self.trace.storages[number]
         if self._sum is not None and self._sum[0] == address:
             self._written_into(number)
         else:
+            made = self.trace.storages[number]
             self._events_of(made).append((number, -made.nbytes))
 
     def _written_into(self, number: int) -> None:
