@@ -76,9 +76,8 @@ class Faking(TorchDispatchMode):
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = self.run_fake(func, args, kwargs)
-            if func._schema.is_mutable:
-                self._overwrite(out)
-            return out
+            values.keep_known(func, args, kwargs, out)
+            return self._after_writing(func, args, kwargs, out) if func._schema.is_mutable else out
         out = self._run_real(func, args, kwargs, inputs)
         if self._overwritten and any(self.is_unknown(tensor) for tensor in inputs):
             self._overwrite(out)
@@ -132,6 +131,19 @@ class Faking(TorchDispatchMode):
         if isinstance(value, FakeTensor):
             return True
         return bool(self._overwritten) and value.untyped_storage()._cdata in self._overwritten
+
+    def _after_writing(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """Note which real tensors fake values went into; the result is the tensor itself, not a fake stand-in for it."""
+        places = enumerate(func._schema.arguments)
+        taken = [
+            args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in places
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written = list(tensors_in(taken))
+        self._overwrite(written)
+        alone = len(written) == 1 and isinstance(out, torch.Tensor)
+        return written[0] if alone and not isinstance(written[0], FakeTensor) else out
 
     def _overwrite(self, out: Any) -> None:
         for tensor in tensors_in(out):

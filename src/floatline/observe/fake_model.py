@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, unset_fake_t
 from floatline.errors import FloatlineError, ModelError
 from floatline.observe.fake import Faking
 from floatline.observe.real import is_small
+from floatline.observe.values import KNOWN
 
 
 def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.Module:
@@ -66,9 +67,13 @@ def fake_parameters(model: nn.Module, mode: Faking) -> None:
 
 
 def fake_batch(batch: Any, mode: Faking) -> Any:
-    """Return a batch with fake floats; integers and booleans stay real, the program may look at them."""
+    """Return a batch with fake floats that know their values; integers and booleans stay real."""
     if isinstance(batch, torch.Tensor):
-        return mode.fake(batch) if batch.is_floating_point() or not is_small(batch) else batch
+        if not batch.is_floating_point() and is_small(batch):
+            return batch
+        fake = mode.fake(batch)
+        setattr(fake, KNOWN, batch)
+        return fake
     if isinstance(batch, dict):
         values = {key: fake_batch(value, mode) for key, value in batch.items()}
         return type(batch)(values)

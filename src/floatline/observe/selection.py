@@ -65,7 +65,8 @@ def masked_select(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
     """A mask as an index, broadcast."""
     if not any(mode.is_unknown(tensor) for tensor in args):
         return really(func, args, kwargs)
-    tensor, mask = torch.broadcast_tensors(args[0], args[1])
+    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    tensor, mask = (mode.run(aten.expand.default, (each, shape), {}) for each in args)
     return by_integers(mode, aten.index.Tensor, (tensor, [mask]), {})
 
 
@@ -115,8 +116,9 @@ def bincount(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
         return really(func, args, kwargs)
     tensor, weights = args[0], kwargs.get("weights", args[1] if len(args) > 1 else None)
     least = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
-    if not mode.is_unknown(tensor):
-        least = max(least, int(really(torch.max, (tensor,), {})) + 1 if tensor.numel() else 0)
+    if not mode.is_unknown(tensor) and tensor.numel():
+        with unset_fake_temporarily():
+            least = max(least, int(tensor.max()) + 1)
     mode.assume(f"{tensor.numel()} numbers that are counted were taken to be spread evenly")
     if weights is not None:
         return torch.empty(max(1, least), dtype=torch.float32 if weights.dtype == torch.float32 else torch.float64)

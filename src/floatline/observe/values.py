@@ -5,6 +5,8 @@ numbers, finite, positive and small: the fake result of a comparison, and of log
 `isfinite(norm)` is true, `norm > limit`, `(x == 0).any()` and `x > 0.5` are false. A loop that waits for a truth to
 change (draw again what lies outside) sees it change after some hundred rounds.
 
+What a batch holds is known: a comparison of it (which images are padding?) is computed for real.
+
 Each answer that the user's program got is noted with its line.
 """
 
@@ -25,7 +27,10 @@ ORDINARY = 2.0**-10
 """Stands for a float in comparisons: positive, and below the limits that programs set on norms, shares and errors."""
 PATIENCE = 100
 """Times that one place in a running function gets the same truth in a row."""
+KNOWN = "_floatline_known"
+"""Attribute of a fake tensor of the batch: the values that it has."""
 _NOMINAL = "_floatline_nominal"
+_COPIES = (aten.clone.default, aten._to_copy.default)
 
 
 def item(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
@@ -56,6 +61,9 @@ def equal(mode: Faking, func: Any, args: Any, kwargs: Any) -> bool:
 
 def truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
     """A comparison, or logic on one: the fake result remembers what it would be for ordinary numbers."""
+    found = _of_the_batch(func, args, kwargs)
+    if found is not None:
+        return found
     out = mode.run(func, args, kwargs)
     if isinstance(out, FakeTensor) and out.dtype == torch.bool:
         try:
@@ -66,6 +74,23 @@ def truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
             nominal = False
         setattr(out, _NOMINAL, nominal)
     return out
+
+
+def _of_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the real result of a comparison of what the batch holds with real values; None for another one."""
+    if func._schema.returns[0].type.kind() != "TensorType" or not hasattr(args[0], KNOWN) or func._overloadpacket is aten.mul:
+        return None
+    known = [getattr(value, KNOWN, value) for value in args]
+    if any(isinstance(value, FakeTensor) for value in known):
+        return None
+    return really(func, known, kwargs)
+
+
+def keep_known(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Let a view or a copy of a tensor of the batch know its values too."""
+    known = getattr(args[0], KNOWN, None) if args else None
+    if known is not None and isinstance(out, FakeTensor) and (func.is_view or func in _COPIES):
+        setattr(out, KNOWN, really(func, (known, *args[1:]), kwargs))
 
 
 def check(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
