@@ -187,7 +187,9 @@ def gemma3_vl() -> nn.Module:
         boi_token_index=1,
         eoi_token_index=2,
     )
-    return Gemma3ForConditionalGeneration(config)
+    model = Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.02)  # else 0: Inf gradients
+    return model
 
 
 def gemma3_batch() -> dict[str, Tensor]:

@@ -10,39 +10,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from floatline.errors import FloatlineError
     from floatline.formats import FORMATS, NumberFormat
+    from floatline.plan.estimate import Estimate, estimate
+    from floatline.plan.plan import Plan, plan
     from floatline.precision import Policy
     from floatline.step import Guard, StepOutput, TrainStep, Workload
 
 _HOMES = {
+    "Estimate": "plan.estimate",
     "FORMATS": "formats",
     "FloatlineError": "errors",
     "Guard": "step",
     "NumberFormat": "formats",
+    "Plan": "plan.plan",
     "Policy": "precision",
     "StepOutput": "step",
     "TrainStep": "step",
     "Workload": "step",
+    "estimate": "plan.estimate",
 }
+_PACKAGES = {"plan", "techniques"}
+"""Public names that are packages; `plan` can be called."""
 
 __all__ = [
     "FORMATS",
+    "Estimate",
     "FloatlineError",
     "Guard",
     "NumberFormat",
+    "Plan",
     "Policy",
     "StepOutput",
     "TrainStep",
     "Workload",
+    "estimate",
+    "plan",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "techniques":
-        return import_module("floatline.techniques")
+    if name in _PACKAGES:
+        return import_module(f"floatline.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'floatline' has no attribute {name!r}")
     return getattr(import_module(f"floatline.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, *_PACKAGES])

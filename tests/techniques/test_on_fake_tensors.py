@@ -13,56 +13,57 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import floatline as fl
 from floatline.errors import ConfigError, PrecisionError
 from floatline.precision import Policy, apply_precision
-from floatline.techniques.distributed.groups import fake_ranks
+from floatline.techniques.distributed.groups import fake_ranks, leave_ranks
 from floatline.techniques.registry import HOMES
 from zoo import Case, Mlp, gpt2, regression, seeded, squares, text
 
 from .fake_tracing import Ledger, Plan
 
 WIDE = Case("wide", seeded(lambda: Mlp(width=128, depth=4)), lambda seed: regression(seed, rows=8), squares)
-LONG = Case("long", seeded(lambda: gpt2(width=64, vocabulary=960)), lambda seed: text(seed, 48, vocabulary=960))
+SMALL_GPT2 = seeded(lambda: gpt2(width=64, depth=2, vocabulary=960))
+LONG = Case("long", SMALL_GPT2, lambda seed: text(seed, 48, vocabulary=960))
 WEIGHTS = 4 * sum(p.numel() for p in LONG.build().parameters())
 
 RUNS = [
-    ("precision(policy='auto')", "t4", "auto", "gpt2 conv"),
-    ("accumulation(micro_batches=2)", "a100", "bf16-mixed", "gpt2 mlp qwen3_vl"),
-    ("checkpointing", "t4", "16-mixed", "conv qwen3_vl"),
+    ("precision(policy='auto')", "t4", "auto", "conv"),
+    ("accumulation(micro_batches=2)", "a100", "bf16-mixed", "mlp gpt2"),
+    ("checkpointing", "t4", "16-mixed", "conv gpt2"),
     ("checkpointing(every=2)", "a100", "bf16-mixed", "gpt2"),
-    ("checkpointing(keep=['matmul'])", "t4", "32-true", "conv tied"),
-    ("checkpointing(keep=['matmul', 'attention'])", "a100", "bf16-mixed", "gpt2 qwen3_vl"),
+    ("checkpointing(keep=['matmul'])", "t4", "32-true", "tied"),
+    ("checkpointing(keep=['matmul', 'attention'])", "a100", "bf16-mixed", "gpt2"),
     ("checkpointing(budget=0.5) + compile", "a100", "bf16-mixed", "gpt2"),
-    ("compile", "t4", "16-mixed", "gpt2 tied"),
+    ("compile", "t4", "16-mixed", "tied"),
     ("compile(scope='model')", "a100", "32-true", "conv"),
-    ("attention", "t4", "16-mixed", "gpt2 tied"),
-    ("attention(kernel='efficient')", "a100", "bf16-mixed", "qwen3_vl"),
+    ("attention", "t4", "16-mixed", "tied"),
+    ("attention(kernel='efficient')", "a100", "bf16-mixed", "gpt2"),
     ("attention(kernel='flash')", "a100", "bf16-mixed", "gpt2"),
     ("attention(kernel='math')", "t4", "32-true", "gpt2"),
-    ("offload", "t4", "16-true", "mlp qwen3_vl"),
-    ("offload(min_bytes=0) + checkpointing", "a100", "bf16-true", "conv gpt2"),
-    ("offload(min_bytes=0, to='disk')", "t4", "16-mixed", "conv qwen3_vl tied"),
-    ("sharding", "a100", "bf16-mixed", "conv gpt2 tied"),
-    ("sharding(cpu_offload=True)", "t4", "16-true", "qwen3_vl"),
+    ("offload", "t4", "16-true", "mlp"),
+    ("offload(min_bytes=0) + checkpointing", "a100", "bf16-true", "conv"),
+    ("offload(min_bytes=0, to='disk')", "t4", "16-mixed", "conv qwen3_vl"),
+    ("sharding", "a100", "bf16-mixed", "conv tied"),
+    ("sharding(cpu_offload=True)", "t4", "16-true", "gpt2"),
     ("sharding(cpu_offload=True) + low_bit_optimizer", "a100", "bf16-mixed", "gpt2"),
     ("sharding + checkpointing + offload(min_bytes=0)", "a100", "bf16-true", "gpt2"),
-    ("batching", "t4", "16-mixed", "qwen3_vl"),
-    ("batching(max_tokens=40)", "a100", "bf16-mixed", "gpt2 tied"),
+    ("batching", "t4", "16-mixed", "tied"),
+    ("batching(max_tokens=40)", "a100", "bf16-mixed", "gpt2"),
     ("packing", "a100", "bf16-mixed", "gpt2"),
     ("packing(max_tokens=40)", "t4", "16-mixed", "qwen3_vl"),
-    ("low_bit_optimizer", "t4", "16-mixed", "qwen3_vl mlp"),
-    ("low_bit_optimizer(bits=4)", "t4", "16-true", "qwen3_vl"),
-    ("low_bit_optimizer(bits='fp8') + optimizer_offload", "h100", "bf16-mixed", "qwen3_vl"),
-    ("low_bit_optimizer(stochastic_rounding=True)", "a100", "bf16-true", "qwen3_vl"),
-    ("optimizer_offload(bucket_bytes=3000)", "t4", "16-mixed", "conv gpt2"),
-    ("kahan", "a100", "bf16-true", "conv gpt2"),
+    ("low_bit_optimizer", "t4", "16-mixed", "wide"),
+    ("low_bit_optimizer(bits=4)", "t4", "16-true", "wide"),
+    ("low_bit_optimizer(bits='fp8') + optimizer_offload", "h100", "bf16-mixed", "wide"),
+    ("low_bit_optimizer(stochastic_rounding=True)", "a100", "bf16-true", "wide"),
+    ("optimizer_offload(bucket_bytes=3000)", "t4", "16-mixed", "conv"),
+    ("kahan", "a100", "bf16-true", "conv"),
     ("kahan(moments='fp32') + optimizer_offload", "a100", "bf16-true", "mlp"),
-    ("stochastic_rounding", "a100", "bf16-true", "gpt2"),
-    ("optimizer_in_backward", "a100", "bf16-mixed", "conv gpt2"),
-    ("optimizer_in_backward + low_bit_optimizer", "a100", "bf16-true", "qwen3_vl"),
+    ("stochastic_rounding", "a100", "bf16-true", "mlp"),
+    ("optimizer_in_backward", "a100", "bf16-mixed", "conv"),
+    ("optimizer_in_backward + low_bit_optimizer", "a100", "bf16-true", "wide"),
     ("freezing(modules=['model.visual'])", "t4", "16-mixed", "qwen3_vl"),
     ("freezing(modules=['stem'])", "a100", "bf16-mixed", "conv"),
-    ("lora", "t4", "16-mixed", "gpt2 qwen3_vl"),
+    ("lora", "t4", "16-mixed", "qwen3_vl"),
     ("lora(rank=4) + checkpointing + offload(min_bytes=0)", "a100", "bf16-true", "gpt2"),
-    ("chunked_loss(chunk_tokens=8)", "t4", "16-mixed", "gpt2 qwen3_vl tied"),
+    ("chunked_loss(chunk_tokens=8)", "t4", "16-mixed", "tied gpt2"),
 ]
 
 
@@ -86,11 +87,12 @@ def test_every_technique_is_run():
 def test_two_updates_run_and_can_be_undone(zoo, row):
     techniques, hardware, precision, names = row
     for name in names.split():
-        traced = plan(zoo[name], techniques, hardware, precision)
+        case = {**zoo, "wide": WIDE}[name]
+        traced = plan(case, techniques, hardware, precision)
         assert all(isinstance(parameter, FakeTensor) for parameter in traced.model.parameters())
         assert all(isinstance(output.loss, FakeTensor) and output.loss.shape == () for output in traced.outputs)
         assert traced.step.sentinel.skipped == 0 and traced.step.updates == 2
-        assert named(traced.model) == named(zoo[name].build())  # undo has put modules and parameters back
+        assert named(traced.model) == named(case.build())  # undo has put modules and parameters back
 
 
 @pytest.fixture(scope="module")
@@ -203,21 +205,22 @@ STAND_INS = ["offload(min_bytes=0)", "offload(min_bytes=0, to='disk')", "optimiz
 
 
 @pytest.mark.parametrize("techniques", STAND_INS)
-def test_real_tensors_that_stand_for_a_gpus_give_the_plain_numbers(case, techniques):
+@pytest.mark.parametrize("name", ["conv", "gpt2", "tied"])
+def test_real_tensors_that_stand_for_a_gpus_give_the_plain_numbers(zoo, name, techniques):
     """What a plan watches is the computation itself, so on real tensors it must be right."""
-    from floatline.techniques.distributed.groups import leave_ranks
-
-    results = []
+    case, results = zoo[name], []
     for given in ({}, {"techniques": [techniques], "hardware": "a100"}):
         model = case.build()
         step = fl.TrainStep(model, torch.optim.AdamW(model.parameters(), lr=1e-2), "32-true", case.loss, **given)
         losses = [float(step(case.batch(seed)).loss) for seed in range(2)]
+        facts = step.stack.facts()
         step.undo()
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     leave_ranks()
     (plain, weights), (ours, others) = results
     assert plain == ours and all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
-    assert "tensors" not in " ".join(step.stack.facts()) or step.stack.facts()["offload.tensors"] > 0
+    moved = [value for key, value in facts.items() if key in ("offload.tensors", "optimizer_offload.host_bytes")]
+    assert all(moved) or name == "conv"  # whose state comes in pieces that are too small
 
 
 @pytest.mark.parametrize("policy", ["bf16-true", "16-true", "bf16-true; 0=32"])

@@ -34,13 +34,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.errors import ModelError
 from floatline.observe import selection, values
 from floatline.observe.real import asking, is_small, really, tensors_in, where
 
 _VALUES_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
 _SPECIAL: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {**values.READING, **selection.SELECTING}
 
 
@@ -63,6 +64,8 @@ class Faking(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
         special = _SPECIAL.get(func)
         out = special(self, func, args, kwargs) if special else self.run(func, args, kwargs)
         self.saw(func, args, kwargs, out)

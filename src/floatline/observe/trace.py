@@ -26,12 +26,15 @@ from floatline.observe.scratch import scratch_of
 from floatline.observe.target import on_target
 from floatline.precision import Policy, apply_precision
 from floatline.precision import resolve as resolve_precision
+from floatline.precision.apply import TARGET_NAMES
 from floatline.step import TrainStep, Workload
 from floatline.step.batch import call_model
 from floatline.techniques import Technique
 from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
+TWO_UPDATES = frozenset({"optimizer_offload", "sharding", "kahan", "stochastic_rounding"})
+"""Techniques whose first update allocates otherwise than the later ones."""
 MOST_TRACED = 2
 """Micro-batches of one update that are run."""
 
@@ -44,9 +47,9 @@ def trace(
     techniques: Sequence[Technique | str] = (),
     mode: str = "train",
     max_grad_norm: float | None = 1.0,
-    updates: int = 2,
+    quick: bool = False,
 ) -> Trace:
-    """Return what `updates` updates of `work` would allocate on `hardware`, without its memory or the GPU.
+    """Return what two updates of `work` would allocate on `hardware`, without its memory or the GPU.
 
     Args:
         work: What to train; factories are called under fake tensors, modules and batches are copied without data.
@@ -55,7 +58,8 @@ def trace(
         techniques: As for `TrainStep`.
         mode: "train" or "inference" (forward without gradients).
         max_grad_norm: As for `TrainStep`.
-        updates: How many; from the second on optimizer state exists.
+        quick: Run one update and take the second to go the same way, with what the first one left in place. Half the
+            time; techniques that do something else in a first update (`TWO_UPDATES`) run both all the same.
 
     Raises:
         ConfigError: An unknown mode, or what `TrainStep` refuses.
@@ -80,7 +84,11 @@ def trace(
                 hardware=hardware,
             )
             recorder.trace.notes += step.stack.notes
-            _update(recorder, step, batch, updates)
+            names = {applied.technique.name for applied in step.stack.applied}
+            once = quick and not names & TWO_UPDATES
+            _update(recorder, step, batch, 1 if once else 2)
+            if once:
+                recorder.trace.repeat()
     return recorder.trace
 
 
@@ -119,7 +127,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> None:
-    """Run the updates. Of many micro-batches two are run: from the second on each finds the same memory."""
+    """Run the updates. Of many micro-batches two are run, in the last: from the second on all find the same memory."""
     model = step.model
     _start(recorder, model)
     with module_names(model, recorder):
@@ -129,12 +137,13 @@ def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> No
             recorder.enroll_batch(ready)
             parts = ready if isinstance(ready, list) else step.stack.split(ready)
             recorder.enroll_batch(parts)
-            step(parts[:MOST_TRACED])
+            last = update == updates - 1
+            step(parts[: MOST_TRACED if last else 1])
             recorder.trace.micro_batches = len(parts)
             recorder.phase = Phase.BETWEEN
             recorder.enroll_state(step.optimizer)
             recorder.enroll_model(model)
-            if update < updates - 1:
+            if not last:
                 del ready, parts
         recorder.finish()
     traced = min(MOST_TRACED, recorder.trace.micro_batches)
@@ -147,9 +156,16 @@ def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, har
     _start(recorder, model)
     with module_names(model, recorder), torch.no_grad(), applied.autocast():
         recorder.begin(0)
-        ready = fake_batch(batch, recorder)
+        ready = fake_batch(_unlabelled(batch), recorder)
         recorder.enroll_batch(ready)
         output = call_model(model, ready)
         recorder.phase = Phase.BETWEEN
         del output
         recorder.finish()
+
+
+def _unlabelled(batch: Any) -> Any:
+    """Return a batch without what only a loss needs."""
+    if isinstance(batch, dict):
+        return type(batch)({key: value for key, value in batch.items() if key not in TARGET_NAMES})
+    return batch

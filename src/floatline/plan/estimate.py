@@ -14,7 +14,7 @@ from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Category, Trace, peak_of
 from floatline.observe.target.workspaces import workspaces
 from floatline.observe.trace import trace
-from floatline.plan.allocator import AllocatorSettings, simulate
+from floatline.plan.allocator import AllocatorSettings, Replay, simulate
 from floatline.plan.fit import Fit, fit_of
 from floatline.plan.roofline import UpdateTime, assumptions, update_time
 from floatline.plan.timeline import Timeline, timeline_of
@@ -113,6 +113,7 @@ def estimate(
     *,
     max_grad_norm: float | None = 1.0,
     allocator: AllocatorSettings | None = None,
+    quick: bool = False,
 ) -> Estimate:
     """Predict the memory and time of one update, or one forward, without the GPU.
 
@@ -124,6 +125,7 @@ def estimate(
         mode: "train" or "inference".
         max_grad_norm: As for `TrainStep`.
         allocator: Settings of the caching allocator; None for torch's defaults.
+        quick: Run one update instead of two, and take the second to go the same way.
 
     Returns:
         The estimate; `.verdict` says whether it fits.
@@ -142,7 +144,15 @@ def estimate(
     """
     hardware = resolve(hardware)
     made = [make_technique(technique) for technique in techniques]
-    seen = trace(work, hardware=hardware, precision=precision, techniques=made, mode=mode, max_grad_norm=max_grad_norm)
+    seen = trace(
+        work,
+        hardware=hardware,
+        precision=precision,
+        techniques=made,
+        mode=mode,
+        max_grad_norm=max_grad_norm,
+        quick=quick,
+    )
     policy = resolve_precision(precision, hardware).policy
     return summarize(seen, hardware, str(policy), tuple(map(str, made)), mode, allocator or AllocatorSettings())
 
@@ -156,12 +166,14 @@ def summarize(
     allocator: AllocatorSettings,
 ) -> Estimate:
     """Return the estimate that a trace amounts to on a device."""
-    extra = workspaces(hardware) if hardware.kind == "cuda" else 0
+    extra = workspaces(hardware, training=mode == "train") if hardware.kind == "cuda" else 0
     if hardware.kind == "cuda":
-        replay = simulate([*_workspace_events(seen, extra), *seen.events], allocator)
+        events = [*_workspace_events(seen, extra), *seen.events]
+        replay = simulate(events, allocator)
         allocated, reserved = replay.peak_allocated, replay.peak_reserved
+        needed = smallest_device(events, replay, hardware.memory - hardware.context, allocator)
     else:
-        allocated = reserved = peak_of(seen.events)[0]
+        allocated = reserved = needed = peak_of(seen.events)[0]
     timeline = timeline_of(seen)
     states = _states(seen)
     certain = sum(timeline.at_peak.get(category.value, 0) for category in _CERTAIN)
@@ -180,13 +192,35 @@ def summarize(
         states=states,
         host_peak=peak_of(seen.host_events)[0],
         timeline=timeline,
-        fit=fit_of(total, certain, hardware),
+        fit=fit_of(needed + hardware.context, certain, hardware),
         time=update_time(seen, hardware),
         flops=seen.flops,
         micro_batches=seen.micro_batches,
         assumptions=(*seen.assumptions, *assumptions(hardware)),
         notes=tuple(seen.notes),
     )
+
+
+def smallest_device(events: list[tuple[int, int]], replay: Replay, capacity: int, allocator: AllocatorSettings) -> int:
+    """Return the least memory with which the run goes through, in bytes.
+
+    With plenty of memory the allocator reserves more than it must: it never returns a segment. Short of it, it returns
+    what is free and goes on. So where the reserved peak is more than `capacity` and the allocated one is not, smaller
+    devices are tried, to within 2 %.
+    """
+    most, least = replay.peak_reserved, replay.peak_allocated
+    if most <= capacity or least > capacity:
+        return most if most <= capacity else least
+    if simulate(events, allocator, capacity).out_of_memory is not None:
+        return most
+    most = capacity
+    while most - least > 0.02 * most:
+        middle = (most + least) // 2
+        if simulate(events, allocator, middle).out_of_memory is None:
+            most = middle
+        else:
+            least = middle
+    return most
 
 
 def _workspace_events(seen: Trace, nbytes: int) -> list[tuple[int, int]]:

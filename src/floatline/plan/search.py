@@ -11,7 +11,7 @@ It is a greedy search: it finds a plan from which nothing can be left out, not t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from floatline.errors import ConfigError
 from floatline.plan.estimate import Estimate
@@ -112,23 +112,21 @@ def _prune(found: Found, attempt: Attempt, fixed: int) -> None:
 
 
 def _widen(found: Found, attempt: Attempt, probe: Probe) -> None:
-    """Cut the batch into as few micro-batches as fit."""
-    at = next((i for i, t in enumerate(found.techniques) if t.name == "accumulation"), None)
-    if at is None or not any(rung.added.startswith("accumulation") for rung in found.ladder):
+    """Cut the batch into as few equal micro-batches as fit: search the divisors of its rows."""
+    if not any(rung.added.startswith("accumulation") and rung.kept for rung in found.ladder):
         return
-    fewest, most = 1, int(found.techniques[at].micro_batches)  # type: ignore[attr-defined]
-    while fewest < most:
-        middle = (fewest + most) // 2
-        trial = list(found.techniques)
-        trial[at] = replace(trial[at], micro_batches=middle)  # type: ignore[call-arg]
-        estimate = attempt(trial if middle > 1 else trial[:at] + trial[at + 1 :])
+    others = [technique for technique in found.techniques if technique.name != "accumulation"]
+    numbers = [number for number in range(1, probe.rows) if probe.rows % number == 0]
+    low, high = 0, len(numbers)  # numbers[high:] fit
+    while low < high:
+        middle = (low + high) // 2
+        cut = [make_technique("accumulation", {"micro_batches": numbers[middle]})] if numbers[middle] > 1 else []
+        estimate = attempt([*others, *cut])
         if estimate.fit:
-            most = middle
-            found.techniques, found.estimate = trial if middle > 1 else trial[:at] + trial[at + 1 :], estimate
-            if middle == 1:
-                return
+            high = middle
+            found.techniques, found.estimate = [*others, *cut], estimate
         else:
-            fewest = middle + 1
+            low = middle + 1
 
 
 def _reject(found: Found, name: str, reason: str) -> None:

@@ -8,8 +8,8 @@ and state dicts hold plain tensors and load from either kind of Adam.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class LowBitAdam(torch.optim.Optimizer):
         try:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate if isinstance(rate, torch.Tensor) else torch.tensor(rate, dtype=torch.float32)
-            with self._stance(), within_kernel(self.stands_for_kernel):
+            with self._stance(), _kernel(self.stands_for_kernel):
                 return super().step(closure)
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
@@ -95,6 +95,23 @@ class LowBitAdam(torch.optim.Optimizer):
         full = value.dequantize() if is_quantised(value) else value
         fresh.copy_(laid_out_like(full.to(parameter.device, torch.float32), parameter))
         return fresh
+
+
+@contextmanager
+def _kernel(stands_in: bool) -> Iterator[None]:
+    """Where the step stands for one compiled kernel, its arithmetic has neither memory nor values: it is left out."""
+    if not stands_in:
+        yield
+        return
+    import torchao.optim.adam as home
+
+    arithmetic = home.single_param_adam
+    home.single_param_adam = lambda *args, **kwargs: None
+    try:
+        with within_kernel():
+            yield
+    finally:
+        home.single_param_adam = arithmetic
 
 
 @cache

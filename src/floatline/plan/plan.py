@@ -1,0 +1,210 @@
+"""Plan a run: the fastest combination of techniques that fits a GPU, why not the others, and what would fit.
+
+    plan = fl.plan(work, hardware="t4")
+    plan.verdict, plan.precision, plan.techniques, plan.estimate, plan.ladder, plan.rejected, plan.recipe()
+
+What the caller has fixed stays fixed. Every number in a plan comes from running the real step on fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from floatline.hardware import Hardware, resolve
+from floatline.plan.advice import Advice, advise
+from floatline.plan.allocator import AllocatorSettings
+from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.export import recipe_of
+from floatline.plan.ladder import Rejected, Rung
+from floatline.plan.probe import Probe, probe
+from floatline.plan.search import climb
+from floatline.precision import Policy
+from floatline.precision import resolve as resolve_precision
+from floatline.step import Workload
+from floatline.techniques import Technique, make_technique
+from floatline.techniques.registry import technique_class
+
+Progress = Callable[[str, int], None]
+"""(what is tried now, how many trials are done) -> None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to train a workload on a device.
+
+    Attributes:
+        hardware: The device.
+        precision: The policy, as its string.
+        precision_reason: Why it is the one.
+        techniques: Texts of the techniques to use, the fixed ones among them.
+        estimate: What the run takes with them; where nothing fits, with everything that saves.
+        ladder: Each technique added in turn, with the peak and what it saved.
+        rejected: What is not used, and why.
+        advice: Where nothing fits: what would.
+        probe: Facts about the model.
+        trials: How many estimates were made.
+    """
+
+    hardware: Hardware
+    precision: str
+    precision_reason: str
+    techniques: tuple[str, ...]
+    estimate: Estimate
+    ladder: tuple[Rung, ...]
+    rejected: tuple[Rejected, ...]
+    advice: tuple[Advice, ...]
+    probe: Probe
+    trials: int
+    max_grad_norm: float | None = field(default=1.0, repr=False)
+
+    @property
+    def verdict(self) -> str:
+        """ "fits", "tight" or "does not fit"."""
+        return self.estimate.verdict
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits with the plan's techniques."""
+        return bool(self.estimate.fit)
+
+    @property
+    def first_fit(self) -> Rung | None:
+        """The lowest rung of the ladder on which the run fits."""
+        return next((rung for rung in self.ladder if rung.estimate.fit), None)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the part of a recipe that the plan decides: precision, hardware, techniques."""
+        return recipe_of(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "hardware": self.hardware.name,
+            "model": self.probe.model,
+            "parameters": self.probe.parameters,
+            "trainable": self.probe.trainable,
+            "verdict": self.verdict,
+            "precision": self.precision,
+            "precision_reason": self.precision_reason,
+            "techniques": list(self.techniques),
+            "estimate": self.estimate.as_dict(),
+            "ladder": [
+                {
+                    "added": rung.added,
+                    "peak_total": rung.estimate.peak_total,
+                    "saved": rung.saved,
+                    "slowdown": rung.slowdown,
+                    "verdict": rung.estimate.verdict,
+                    "kept": rung.kept,
+                }
+                for rung in self.ladder
+            ],
+            "rejected": [{"name": rejected.name, "reason": rejected.reason} for rejected in self.rejected],
+            "advice": [vars(piece) for piece in self.advice],
+            "recipe": self.recipe(),
+            "trials": self.trials,
+        }
+
+
+class Trials:
+    """Makes estimates, each combination once, and tells how far it is.
+
+    Args:
+        work: What is planned.
+        hardware: For which device.
+        precision: In which precision.
+        settings: Further arguments of `estimate`.
+        progress: Told before each trial.
+    """
+
+    def __init__(
+        self, work: Workload, hardware: Hardware, precision: str | Policy, settings: dict[str, Any], progress: Progress
+    ) -> None:
+        self.work, self.hardware, self.precision = work, hardware, precision
+        self.settings, self.progress = settings, progress
+        self.known: dict[tuple[str, str, str, int], Estimate] = {}
+
+    def __call__(
+        self,
+        techniques: Sequence[Technique | str],
+        hardware: Hardware | None = None,
+        precision: str | Policy | None = None,
+    ) -> Estimate:
+        """Return the estimate with these techniques, on the plan's device or another."""
+        hardware, precision = hardware or self.hardware, precision or self.precision
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        key = (" ".join(sorted(map(str, techniques))), hardware.name, str(precision), ranks)
+        if key not in self.known:
+            names = ", ".join(make_technique(technique).name for technique in techniques) or "the plain step"
+            self.progress(
+                f"{names} on {ranks if ranks > 1 else ''} {hardware.name}".replace("  ", " "), len(self.known)
+            )
+            self.known[key] = estimate(self.work, hardware, precision, techniques, quick=True, **self.settings)
+        return self.known[key]
+
+
+def plan(
+    work: Workload,
+    hardware: str | Hardware = "auto",
+    *,
+    precision: str | Policy = "auto",
+    techniques: Sequence[Technique | str] = (),
+    exclude: Sequence[str] = (),
+    exact: bool = False,
+    max_grad_norm: float | None = 1.0,
+    allocator: AllocatorSettings | None = None,
+    advice: bool = True,
+    progress: Progress = lambda what, done: None,
+) -> Plan:
+    """Find the fastest combination of techniques with which `work` fits on `hardware`.
+
+    Args:
+        work: What is trained; its batch is that of one update.
+        hardware: A catalog name, facts about a device, or "auto" for this machine.
+        precision: A policy or its string to keep; "auto" takes the best that the hardware can do.
+        techniques: Techniques that are in the plan whatever it says.
+        exclude: Names of techniques that must not be in it.
+        exact: Use only what leaves the numbers of training as they are, to rounding.
+        max_grad_norm: As for `TrainStep`.
+        allocator: Settings of CUDA's caching allocator; None for torch's defaults.
+        advice: Where nothing fits, look for what would (a larger GPU, more of them, adapters).
+        progress: Called before each trial with what is tried and how many are done.
+
+    Returns:
+        The plan; `.fits` says whether there is one that fits.
+
+    Raises:
+        ConfigError: An unknown name, or fixed choices that exclude each other.
+        ModelError: The model cannot run without values.
+    """
+    hardware = resolve(hardware)
+    fixed = [make_technique(technique) for technique in techniques]
+    _check_names(exclude)
+    choice = resolve_precision(precision, hardware)
+    facts = probe(work)
+    settings = {"max_grad_norm": max_grad_norm, "allocator": allocator}
+    trials = Trials(work, hardware, choice.policy, settings, progress)
+    found = climb(facts, trials, fixed, exclude, exact)
+    pieces = advise(found, trials) if advice and not found.estimate.fit else ()
+    return Plan(
+        hardware=hardware,
+        precision=str(choice.policy),
+        precision_reason=choice.reason,
+        techniques=tuple(map(str, found.techniques)),
+        estimate=found.estimate,
+        ladder=tuple(found.ladder),
+        rejected=tuple(found.rejected),
+        advice=tuple(pieces),
+        probe=facts,
+        trials=len(trials.known),
+        max_grad_norm=max_grad_norm,
+    )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        technique_class(name)
