@@ -6,7 +6,7 @@
     traced   peak of the tensors of two updates, from fake tensors alone (observe/trace.py)
     real     the same by the real allocator (observe/allocations.py), in a process where nothing else lives
     error    traced / real - 1
-    s        seconds to trace, imports of the model's code included
+    s        seconds to trace, imports of the model's code included; rows run side by side, one thread each
 
 Each row is a process of its own, forked from one that has imported torch and transformers and has run nothing: what one
 row leaves behind cannot be freed in another's measurement. The record begins before the model is built, so the model and
@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,8 @@ def measure(name: str, setting: str) -> Row:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    from plan_models import MODELS
-
     from floatline.step import Workload
+    from plan_models import MODELS
 
     model, (precision, techniques) = MODELS[name], SETTINGS[setting]
     work = Workload(model=model.build, batch=model.batch, loss=model.loss)
@@ -151,6 +151,7 @@ def _serve(name: str, setting: str, connection: Any) -> None:
 
 def in_own_process(name: str, setting: str, limit: float) -> Row:
     """Measure in a fresh process, which is ended after `limit` seconds."""
+    progress(f"{name}, {setting}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "floatline"])
     ours, theirs = context.Pipe()
@@ -203,12 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose model or setting is one of these")
     parser.add_argument("--limit", type=float, default=120, help="seconds a row may take (default 120)")
+    parser.add_argument("--processes", type=int, default=2, help="rows at a time, each on one thread (default 2)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
-    rows = []
-    for name, setting in pairs(options.only):
-        progress(f"{name}, {setting}")
-        rows.append(in_own_process(name, setting, options.limit))
+    with ThreadPoolExecutor(options.processes) as pool:
+        rows = list(pool.map(lambda pair: in_own_process(*pair, options.limit), pairs(options.only)))
     progress("")
     print_table(("model", "setting", "traced MiB", "real MiB", "error", "s", "peak at"), map(cells, rows))
     for row in rows:

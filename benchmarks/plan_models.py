@@ -22,6 +22,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "contracts")]
 
 import other_models as others  # noqa: E402
+
 import zoo  # noqa: E402
 
 VOCABULARY = 4096
@@ -318,7 +319,9 @@ class Recurrent(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
         lengths = attention_mask.sum(1)
-        packed = nn.utils.rnn.pack_padded_sequence(self.embed(input_ids), lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(input_ids), lengths, batch_first=True, enforce_sorted=False
+        )
         hidden, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
         return F.cross_entropy(self.head(hidden).flatten(0, 1), labels[:, : hidden.shape[1]].flatten())
 
@@ -468,7 +471,11 @@ class Spectral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for weight in self.weight:
-            x = x + F.gelu(torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight), s=x.shape[-2:], norm="ortho"))
+            x = x + F.gelu(
+                torch.fft.irfft2(
+                    torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight), s=x.shape[-2:], norm="ortho"
+                )
+            )
         return self.out(x)  # type: ignore[no-any-return]
 
 
@@ -531,7 +538,9 @@ class Sparse(nn.Module):
         losses = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
         hardest = losses.topk(losses.numel() // 4).values.mean()
         positive = boxes[labels < 5]
-        return hardest + F.smooth_l1_loss(positive, torch.zeros_like(positive)) + losses.masked_select(losses > 0).mean()
+        return (
+            hardest + F.smooth_l1_loss(positive, torch.zeros_like(positive)) + losses.masked_select(losses > 0).mean()
+        )
 
 
 class Volumes(nn.Module):

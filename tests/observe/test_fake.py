@@ -232,7 +232,9 @@ def test_a_result_whose_size_nobody_knows_is_an_error_that_names_op_and_line(mod
         torch.library.register_fake(
             "floatline_test::positive", lambda x: x.new_empty(torch.library.get_ctx().new_dynamic_size()), lib=library
         )
-        with pytest.raises(ModelError, match=r"positive.*shape depends on values.*\(observe/test_fake.py:\d+\)") as caught:
+        with pytest.raises(
+            ModelError, match=r"positive.*shape depends on values.*\(observe/test_fake.py:\d+\)"
+        ) as caught:
             torch.ops.floatline_test.positive(unknown(mode, 4))
         assert "hint: plan a variant" in str(caught.value)
 

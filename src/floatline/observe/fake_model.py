@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from floatline.errors import FloatlineError, ModelError
 from floatline.observe.fake import Faking
@@ -23,9 +24,7 @@ def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.M
         ModelError: The factory fails on fake tensors.
     """
     if isinstance(model, nn.Module):
-        with FakeCopyMode(mode.fake_mode):
-            made = copy.deepcopy(model)
-        _restore_small(model, made)
+        made = _copied(model, mode)
     else:
         made = _built(model)
     fake_parameters(made, mode)
@@ -44,13 +43,28 @@ def _built(factory: Callable[[], nn.Module]) -> nn.Module:
         ) from error
 
 
-def _restore_small(model: nn.Module, made: nn.Module) -> None:
-    """Give small integer and boolean buffers of the copy their values back: programs branch on them."""
-    for module, other in zip(model.modules(), made.modules(), strict=True):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_floating_point() and is_small(buffer):
-                with unset_fake_temporarily():
-                    other._buffers[name] = buffer.detach().clone()
+def _copied(model: nn.Module, mode: Faking) -> nn.Module:
+    """Copy a module whose tensors are replaced on the way, each by one stand-in wherever it is held."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _stand_in(tensor, mode)
+    with FakeCopyMode(mode.fake_mode):  # tensors that are neither parameters nor buffers
+        return copy.deepcopy(model, memo)
+
+
+def _stand_in(tensor: torch.Tensor, mode: Faking) -> torch.Tensor:
+    """Return a tensor without data; small integers and booleans keep their values, programs branch on them."""
+    with _disable_current_modes(), unset_fake_temporarily():
+        data = tensor.detach()
+        if not isinstance(tensor, nn.Parameter) and not tensor.is_floating_point() and is_small(tensor):
+            return data.clone()
+    fake = mode.fake(data)
+    if isinstance(tensor, nn.Parameter):
+        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        fake.__dict__.update(tensor.__dict__)
+    return fake
 
 
 def fake_parameters(model: nn.Module, mode: Faking) -> None:

@@ -223,7 +223,10 @@ class Recorder(Faking):
                 self._born(part, op or category.value, self.phase, self.modules[-1])
                 number = self.number_of(part)
                 if number is not None:
-                    self.trace.storages[number].category = category
+                    made = self.trace.storages[number]
+                    made.category = category
+                    if made.phase is Phase.START:
+                        made.module = made.module or self.modules[-1]
 
     def enroll_model(self, model: nn.Module) -> None:
         """Say which storages are the model's, by module; called again it finds what techniques have added."""

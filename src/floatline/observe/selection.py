@@ -1,11 +1,11 @@
 """Ops whose result has a size that values decide, or that hand out indices: what stands for them in a trace.
 
-    a real mask as an index        becomes integer indices, so that the size is known exactly
-    a fake mask                    half of it is true
-    indices made of fake floats    (top-k, argmax, sort) become real ones that are spread evenly: each expert gets as
-                                   many tokens as the next
-    unique values                  all are different
-    packed sequences, CTC          real lengths count; fake ones are taken to be full
+a real mask as an index        becomes integer indices, so that the size is known exactly
+a fake mask                    half of it is true
+indices made of fake floats    (top-k, argmax, sort) become real ones that are spread evenly: each expert gets as
+                               many tokens as the next
+unique values                  all are different
+packed sequences, CTC          real lengths count; fake ones are taken to be full
 """
 
 from __future__ import annotations

@@ -78,7 +78,11 @@ def truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _of_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
     """Return the real result of a comparison of what the batch holds with real values; None for another one."""
-    if func._schema.returns[0].type.kind() != "TensorType" or not hasattr(args[0], KNOWN) or func._overloadpacket is aten.mul:
+    if (
+        func._schema.returns[0].type.kind() != "TensorType"
+        or not hasattr(args[0], KNOWN)
+        or func._overloadpacket is aten.mul
+    ):
         return None
     known = [getattr(value, KNOWN, value) for value in args]
     if any(isinstance(value, FakeTensor) for value in known):
