@@ -30,9 +30,7 @@ class Blocks(nn.Module):
 
 
 def blocks(rows: int = 1024, width: int = 256, depth: int = 6, optimizer=torch.optim.AdamW) -> Workload:
-    return Workload(
-        model=lambda: Blocks(width, depth), batch=lambda: (torch.ones(rows, width),), optimizer=optimizer
-    )
+    return Workload(model=lambda: Blocks(width, depth), batch=lambda: (torch.ones(rows, width),), optimizer=optimizer)
 
 
 def fused(parameters):

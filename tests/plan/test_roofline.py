@@ -4,8 +4,7 @@ import pytest
 from small_work import blocks
 
 from floatline.hardware import lookup, resolve
-from floatline.observe.events import OpCost, Phase, Storage, Trace
-from floatline.observe.events import Category
+from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.trace import trace
 from floatline.plan.roofline import (
     BANDWIDTH_SHARE,

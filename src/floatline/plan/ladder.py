@@ -103,7 +103,9 @@ def candidates(probe: Probe) -> list[Candidate]:
     return [
         Candidate(name="attention", text="attention", worth=lambda p, _: "" if p.eager else p.attention_note),
         Candidate(name="chunked_loss", text="chunked_loss", worth=_logits),
-        Candidate(name="accumulation", text=f"accumulation(micro_batches={most_micro_batches(probe.rows)})", worth=_rows),
+        Candidate(
+            name="accumulation", text=f"accumulation(micro_batches={most_micro_batches(probe.rows)})", worth=_rows
+        ),
         Candidate(name="low_bit_optimizer", text="low_bit_optimizer", worth=_adam, changes=eight_bit),
         Candidate(name="checkpointing", text="checkpointing(keep='matmul')", worth=_layers),
         Candidate(name="checkpointing", text="checkpointing", worth=_layers),
