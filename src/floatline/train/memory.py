@@ -81,20 +81,15 @@ def _with_plan(recipe: Recipe, asked: RecipeWork, plan: Plan) -> tuple[Recipe, l
 
 
 def _choice(technique: Technique, plan: Plan, asked: RecipeWork) -> AutomaticChoice:
-    reason = _reason(technique, plan)
-    if technique.name != "accumulation" or "packing" in asked.recipe.techniques:
+    if technique.name != "accumulation":
+        rung = next(r for r in reversed(plan.ladder) if r.kept and make_technique(r.added).name == technique.name)
+        reason = f"the plan needs it: it takes {size(rung.saved)} off the peak"
         return AutomaticChoice(f"techniques.{technique.name}", write_techniques([technique])[technique.name], reason)
     parts: Any = getattr(technique, "micro_batches", 1)
-    what = f"{parts} micro-batches of {asked.rows} samples"
-    return AutomaticChoice("train.micro_batch_size", -(-asked.rows // parts), f"{what}, {reason}")
-
-
-def _reason(technique: Technique, plan: Plan) -> str:
-    """What the technique saved on the ladder; micro-batches were widened since, so there it is the plan that counts."""
-    rung = next(r for r in reversed(plan.ladder) if r.kept and r.added.split("(")[0] == technique.name)
-    saved = f"saves {size(rung.saved)}"
-    most = " in micro-batches of one sample; more fit" if rung.added != str(technique) else ""
-    return f"chosen by the plan: {saved}{most}"
+    reason = f"{parts} micro-batches of {asked.rows} samples, the fewest with which the plan fits"
+    if "packing" in asked.recipe.techniques:
+        return AutomaticChoice("techniques.accumulation", write_techniques([technique])["accumulation"], reason)
+    return AutomaticChoice("train.micro_batch_size", -(-asked.rows // parts), reason)
 
 
 def summary(plan: Plan) -> str:

@@ -17,14 +17,14 @@ from floatline.train.data.samples import Sample
 
 
 def sizes_of(samples: Sequence[Sample], encoder: SampleEncoder) -> tuple[list[int], list[int]]:
-    """Return the tokens of each sample, and how many of them its images add.
+    """Return the tokens of each sample, and how many of them stand for its images.
 
     Raises:
         DataError: A sample cannot be encoded.
     """
     lengths = token_lengths(samples, encoder)
     images = [
-        length - sum(map(len, encoder.texts(sample))) if sample.images else 0
+        length - sum(map(len, encoder.texts(sample))) + len(sample.images) if sample.images else 0
         for sample, length in zip(samples, lengths, strict=True)
     ]
     return lengths, images
@@ -35,7 +35,7 @@ def largest_update(lengths: Sequence[int], images: Sequence[int], size: int, *, 
 
     Args:
         lengths: Tokens of each sample, images included.
-        images: Those of them that images add.
+        images: Those of them that stand for images.
         size: Samples of an update.
         by_tokens: Rows are not padded to the longest, so the sum of tokens counts.
 
