@@ -23,7 +23,7 @@ STEPS = {"batch": 1, "seq": 64, "image": 32}
 """Sizes are multiples of these; images are squares."""
 CLOSE = 0.06
 """Share of a size within which the limit is known well enough."""
-MOST_TRIALS = 5
+MOST_TRIALS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def _guess(known: dict[int, Fit], best: int, least_bad: int | None, step: int, l
         slope = (high.needed - low.needed) / (x1 - x0)
         room = low.capacity - low.reserve - 2 * high.deviation
         guess = int(x0 + (room - low.needed) / slope) if slope > 0 else 2 * best
-        guess = min(guess, 8 * best)
+        guess = min(guess, 16 * best)
     guess = max(best + step, guess // step * step)
     if least_bad is not None and guess >= least_bad:
         guess = max(best + step, (best + least_bad) // 2 // step * step)
