@@ -140,10 +140,11 @@ def _guess(known: dict[int, Fit], best: int, least_bad: int | None, step: int, l
     else:
         (x0, low), (x1, high) = sorted(known.items())[-2:]
         slope = (high.needed - low.needed) / (x1 - x0)
-        room = low.capacity - low.reserve - 2 * high.deviation
+        room = low.capacity - low.reserve - 1.65 * high.deviation
         guess = int(x0 + (room - low.needed) / slope) if slope > 0 else 2 * best
         guess = min(guess, 16 * best)
-    guess = max(best + step, guess // step * step)
+    further = best + max(step, round(CLOSE * best / step) * step)  # far enough to tell something where it does not fit
+    guess = max(further, guess // step * step)
     if least_bad is not None and guess >= least_bad:
         guess = max(best + step, (best + least_bad) // 2 // step * step)
         if guess >= least_bad:
