@@ -102,13 +102,25 @@ def _prune(found: Found, attempt: Attempt, fixed: int) -> None:
     cost = {rung.added: rung.slowdown for rung in found.ladder}
     trials = sorted(found.techniques[fixed:-1], key=lambda technique: -cost.get(str(technique), 1.0))
     for technique in trials:
-        if technique.name == "accumulation":  # it is widened instead
+        if technique.name == "accumulation" or _is_needed(found, technique):  # the first is widened instead
             continue
         rest = [other for other in found.techniques if other is not technique]
         estimate = attempt(rest)
         if estimate.fit:
             found.techniques, found.estimate = rest, estimate
             _reject(found, technique.name, "the run fits without it, with what came after it on the ladder")
+
+
+def _is_needed(found: Found, technique: Technique) -> bool:
+    """Say whether what a technique takes off the states (it is there at every moment) is more than the room left."""
+    below = found.ladder[0].estimate
+    for rung in found.ladder[1:]:
+        if rung.added == str(technique):
+            taken_off = sum(below.states.values()) - sum(rung.estimate.states.values())
+            fit = found.estimate.fit
+            return taken_off > fit.margin - fit.reserve
+        below = rung.estimate if rung.kept else below
+    return False
 
 
 def _widen(found: Found, attempt: Attempt, probe: Probe) -> None:
