@@ -7,7 +7,7 @@ there before the first update: parameters and buffers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -103,6 +103,27 @@ class Trace:
             if phase in (Phase.FORWARD, Phase.BACKWARD) and factor != 1.0:
                 cost.calls = round(cost.calls * factor)
                 cost.flops, cost.nbytes = round(cost.flops * factor), round(cost.nbytes * factor)
+
+    def repeat(self) -> None:
+        """Append another update with the events of the last one, as it goes when what the first one left is there.
+
+        What is still alive at the end of the last update (optimizer state, above all) was made once and is not made
+        again. Right for programs that do the same in each update but for that.
+        """
+        begin = self.begins[-1]
+        last = self.events[begin:]
+        born = {number for number, nbytes in last if nbytes > 0}
+        passing = born & {number for number, nbytes in last if nbytes < 0}
+        self.begins.append(len(self.events))
+        again: dict[int, int] = {}
+        for number, nbytes in last:
+            if number not in passing:
+                continue
+            if number not in again:
+                again[number] = len(self.storages)
+                made = self.storages[number]
+                self.storages.append(replace(made, update=made.update + 1))
+            self.events.append((again[number], nbytes))
 
     @property
     def flops(self) -> int:

@@ -32,6 +32,8 @@ from floatline.techniques import Technique
 from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
+TWO_UPDATES = frozenset({"optimizer_offload", "sharding", "kahan", "stochastic_rounding"})
+"""Techniques whose first update allocates otherwise than the later ones."""
 MOST_TRACED = 2
 """Micro-batches of one update that are run."""
 
@@ -44,9 +46,9 @@ def trace(
     techniques: Sequence[Technique | str] = (),
     mode: str = "train",
     max_grad_norm: float | None = 1.0,
-    updates: int = 2,
+    quick: bool = False,
 ) -> Trace:
-    """Return what `updates` updates of `work` would allocate on `hardware`, without its memory or the GPU.
+    """Return what two updates of `work` would allocate on `hardware`, without its memory or the GPU.
 
     Args:
         work: What to train; factories are called under fake tensors, modules and batches are copied without data.
@@ -55,7 +57,8 @@ def trace(
         techniques: As for `TrainStep`.
         mode: "train" or "inference" (forward without gradients).
         max_grad_norm: As for `TrainStep`.
-        updates: How many; from the second on optimizer state exists.
+        quick: Run one update and take the second to go the same way, with what the first one left in place. Half the
+            time; techniques that do something else in a first update (`TWO_UPDATES`) run both all the same.
 
     Raises:
         ConfigError: An unknown mode, or what `TrainStep` refuses.
@@ -80,7 +83,11 @@ def trace(
                 hardware=hardware,
             )
             recorder.trace.notes += step.stack.notes
-            _update(recorder, step, batch, updates)
+            names = {applied.technique.name for applied in step.stack.applied}
+            once = quick and not names & TWO_UPDATES
+            _update(recorder, step, batch, 1 if once else 2)
+            if once:
+                recorder.trace.repeat()
     return recorder.trace
 
 

@@ -114,6 +114,7 @@ def estimate(
     max_grad_norm: float | None = 1.0,
     allocator: AllocatorSettings | None = None,
     traces: TraceCache | None = None,
+    quick: bool = False,
 ) -> Estimate:
     """Predict the memory and time of one update, or one forward, without the GPU.
 
@@ -126,6 +127,7 @@ def estimate(
         max_grad_norm: As for `TrainStep`.
         allocator: Settings of the caching allocator; None for torch's defaults.
         traces: Traces of this workload to take from and to add to; None makes one anew.
+        quick: Run one update instead of two, and take the second to go the same way.
 
     Returns:
         The estimate; `.verdict` says whether it fits.
@@ -144,7 +146,8 @@ def estimate(
     """
     hardware = resolve(hardware)
     made = [make_technique(technique) for technique in techniques]
-    seen = (traces or TraceCache(work)).trace(hardware, precision, made, mode, max_grad_norm=max_grad_norm)
+    kept = traces or TraceCache(work)
+    seen = kept.trace(hardware, precision, made, mode, max_grad_norm=max_grad_norm, quick=quick)
     policy = resolve_precision(precision, hardware).policy
     return summarize(seen, hardware, str(policy), tuple(map(str, made)), mode, allocator or AllocatorSettings())
 

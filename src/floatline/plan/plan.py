@@ -144,7 +144,7 @@ class Trials:
             self.progress(
                 f"{names} on {ranks if ranks > 1 else ''} {hardware.name}".replace("  ", " "), len(self.known)
             )
-            self.known[key] = estimate(self.work, hardware, precision, techniques, **self.settings)
+            self.known[key] = estimate(self.work, hardware, precision, techniques, quick=True, **self.settings)
         return self.known[key]
 
 

@@ -1,0 +1,146 @@
+"""The largest batch, sequence and image with which a plan still fits.
+
+Each size is raised alone, the others as they are. Memory grows about linearly with it (images and attention's scores
+faster), so two traces give a line, the line a guess, and each guess is traced before it is told. What is returned was
+traced and fits; how sure it is that nothing larger would, `limited_by` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from floatline.errors import ConfigError, ModelError
+from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.fit import Fit
+from floatline.plan.plan import Plan
+from floatline.plan.shape import Shape
+from floatline.plan.sources import Source
+from floatline.techniques import Technique, make_technique
+
+STEPS = {"batch": 1, "seq": 64, "image": 32}
+"""Sizes are multiples of these; images are squares."""
+CLOSE = 0.06
+"""Share of a size within which the limit is known well enough."""
+MOST_TRIALS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest:
+    """The largest value of one size.
+
+    Attributes:
+        key: "batch" (samples a micro-batch), "seq" (tokens) or "image" (pixels a side).
+        value: The largest that was traced and fits.
+        peak_total: Bytes then needed.
+        limited_by: "memory" (a little more does not fit), "model" (it takes no more), or "tried" (more may fit; no further
+            trial was made).
+    """
+
+    key: str
+    value: int
+    peak_total: int
+    limited_by: str
+
+
+def largest(
+    source: Source, plan: Plan, progress: Callable[[str, int], None] = lambda what, done: None
+) -> tuple[Largest, ...]:
+    """Return the largest sizes that fit with a plan's precision and techniques, those that apply to the model.
+
+    Args:
+        source: The model, in the shape that was planned.
+        plan: A plan that fits; without one the result is empty.
+        progress: Called before each trial.
+    """
+    if not plan.fits:
+        return ()
+    techniques, shape = _one_micro_batch(plan, source.shape)
+    known: dict[Shape, Estimate | None] = {}
+
+    def attempt(key: str, value: int) -> Estimate | None:
+        asked = _open(replace(shape, **{key: (value, value) if key == "image" else value}), key)
+        if asked not in known:
+            progress(f"{key} {value}", len(known))
+            try:
+                work = source.reshaped(asked).work
+                known[asked] = estimate(work, plan.hardware, plan.precision, techniques, quick=True,
+                                        max_grad_norm=plan.max_grad_norm)  # fmt: skip
+            except (ConfigError, ModelError):  # the model takes no such size
+                known[asked] = None
+        return known[asked]
+
+    found = []
+    for key in STEPS:
+        start = _now(shape, key)
+        if start is None or (key == "batch" and source.kind == "module"):
+            continue
+        found.append(_climb(key, start, source.limits.get(key), attempt))
+    return tuple(piece for piece in found if piece is not None)
+
+
+def _one_micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape]:
+    """Take accumulation off: what is asked is how large one micro-batch may be."""
+    techniques = [make_technique(text) for text in plan.techniques]
+    others = [technique for technique in techniques if technique.name != "accumulation"]
+    rows = -(-(shape.batch or 1) // plan.estimate.micro_batches)
+    return others, replace(shape, batch=rows)
+
+
+def _open(shape: Shape, key: str) -> Shape:
+    """A larger image has more tokens: the sequence's length is left to follow."""
+    return replace(shape, seq=None) if key == "image" else shape
+
+
+def _now(shape: Shape, key: str) -> int | None:
+    value: Any = getattr(shape, key)
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int], Estimate | None]) -> Largest | None:
+    first = attempt(key, start)
+    if first is None or not first.fit:
+        return None
+    known = {start: first.fit}
+    best, least_bad = (start, first), None
+    for _ in range(MOST_TRIALS):
+        guess = _guess(known, best[0], least_bad, STEPS[key], limit)
+        if guess is None or guess == best[0]:
+            break
+        tried = attempt(key, guess)
+        if tried is None:
+            least_bad, limit = guess, guess - STEPS[key]
+            continue
+        known[guess] = tried.fit
+        if tried.fit:
+            best = (guess, tried)
+        else:
+            least_bad = guess
+    if limit is not None and best[0] >= limit - STEPS[key] + 1:
+        by = "model"
+    else:
+        by = "memory" if least_bad is not None and least_bad - best[0] <= max(STEPS[key], CLOSE * best[0]) else "tried"
+    return Largest(key=key, value=best[0], peak_total=best[1].peak_total, limited_by=by)
+
+
+def _guess(known: dict[int, Fit], best: int, least_bad: int | None, step: int, limit: int | None) -> int | None:
+    """Return the next size to try, None when the limit is known well enough."""
+    if limit is not None and best >= limit:
+        return None
+    if least_bad is not None and least_bad - best <= max(step, CLOSE * best):
+        return None
+    if len(known) < 2:
+        guess = 2 * best
+    else:
+        (x0, low), (x1, high) = sorted(known.items())[-2:]
+        slope = (high.needed - low.needed) / (x1 - x0)
+        room = low.capacity - low.reserve - 2 * high.deviation
+        guess = int(x0 + (room - low.needed) / slope) if slope > 0 else 2 * best
+        guess = min(guess, 8 * best)
+    guess = max(best + step, guess // step * step)
+    if least_bad is not None and guess >= least_bad:
+        guess = max(best + step, (best + least_bad) // 2 // step * step)
+        if guess >= least_bad:
+            return None
+    return min(guess, limit) if limit is not None else guess
