@@ -41,7 +41,9 @@ def parse_size(text: str, what: str = "size") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     factor = _BY_FOLDED.get(found.group(2).lower()) if found else None
     if found is None or factor is None or float(found.group(1)) == 0:
-        raise ConfigError(f"{what} {text!r} is not an amount of memory", hint=f"write 24GiB; units: {', '.join(_UNITS)}")
+        raise ConfigError(
+            f"{what} {text!r} is not an amount of memory", hint=f"write 24GiB; units: {', '.join(_UNITS)}"
+        )
     return round(float(found.group(1)) * factor)
 
 

@@ -1,4 +1,4 @@
-"""What `floatline plan` does, without what it prints: a `PlanRequest` becomes a `PlanReport`, or a `Comparison` of GPUs.
+"""What `floatline plan` does, without what it prints: a `PlanRequest` becomes a `PlanReport`.
 
 A request holds the command's options as the user gave them. `answer` loads the model, plans, and adds what people want
 to see beside a plan: the table by component, and the largest sizes that still fit.
@@ -6,8 +6,9 @@ to see beside a plan: the table by component, and the largest sizes that still f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from floatline.errors import ConfigError
@@ -19,7 +20,7 @@ from floatline.plan.largest import Largest, largest
 from floatline.plan.plan import Plan, Progress, plan
 from floatline.plan.shape import Shape
 from floatline.plan.sources import Source, load_source
-from floatline.plan.table import component_table
+from floatline.plan.table import columns, component_table
 from floatline.plan.traces import TraceCache
 from floatline.precision import resolve as resolve_precision
 from floatline.techniques import make_technique
@@ -57,7 +58,7 @@ class PlanRequest:
     hardware: str = "auto"
     vram: str | None = None
     capability: str | None = None
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
     batch: int | None = None
     global_batch: int | None = None
     task: str | None = None
@@ -191,6 +192,23 @@ def load(request: PlanRequest) -> Source:
     return load_source(request.model, request.whole_shape, task=request.task)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from remarks about configs and losses while a plan builds models that never train."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        yield
+        return
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@quiet()
 def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -> PlanReport:
     """Plan for one device.
 
@@ -203,14 +221,10 @@ def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -
         ModelError: A model that cannot be loaded or run without values.
     """
     hardware = target(request.hardware, vram=request.vram, capability=request.capability)
-    choice = resolve_precision(request.precision, hardware)
+    resolve_precision(request.precision, hardware)  # a precision that cannot be is told before the model is loaded
     source = load(request)
     if request.mode == "inference":
-        progress(f"inference on {hardware.name}", 0)
-        found = estimate(source.work, hardware, choice.policy, mode="inference", allocator=request.allocator)
-        table = {} if request.quick else component_table(source.work, hardware, progress)
-        return PlanReport(source=source, hardware=hardware, estimate=found, precision_reason=choice.reason, table=table,
-                          settings={})  # fmt: skip
+        return _inference(request, source, hardware, progress)
     decided = planned(request, source, hardware, TraceCache(source.work), progress)
     return PlanReport(
         source=source,
@@ -221,6 +235,20 @@ def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -
         table={} if request.quick else component_table(source.work, hardware, progress),
         largest=() if request.quick else largest(source, decided, progress),
         settings=settings_of(decided),
+    )
+
+
+def _inference(request: PlanRequest, source: Source, hardware: Hardware, progress: Progress) -> PlanReport:
+    if request.precision == "auto":
+        precision = [name for mode, name in columns(hardware) if mode == "inference"][-1]
+        reason = "no weight is updated, so none needs more than the format that is multiplied"
+    else:
+        precision, reason = request.precision, resolve_precision(request.precision, hardware).reason
+    progress(f"inference on {hardware.name}", 0)
+    found = estimate(source.work, hardware, precision, mode="inference", allocator=request.allocator)
+    table = {} if request.quick else component_table(source.work, hardware, progress)
+    return PlanReport(
+        source=source, hardware=hardware, estimate=found, precision_reason=reason, table=table, settings={}
     )
 
 
@@ -245,4 +273,6 @@ def planned(
 
 def settings_of(decided: Plan) -> dict[str, dict[str, Any]]:
     """Return a plan as the settings of other programs."""
-    return {name: getattr(export, function)(decided) for name, function in SETTINGS.items() if hasattr(export, function)}
+    return {
+        name: getattr(export, function)(decided) for name, function in SETTINGS.items() if hasattr(export, function)
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 from floatline.errors import ConfigError
 from floatline.hardware import CATALOG, Hardware
-from floatline.plan.command import PlanRequest, load, planned
+from floatline.plan.command import PlanRequest, load, planned, quiet
 from floatline.plan.plan import Plan, Progress
 from floatline.plan.sources import Source
 from floatline.plan.traces import TraceCache, rules_of
@@ -69,6 +69,7 @@ class Comparison:
         return {"model": self.source.name, "fits": self.fits, "hardware": [row.as_dict() for row in self.rows]}
 
 
+@quiet()
 def compare(
     request: PlanRequest,
     progress: Progress = lambda what, done: None,
@@ -98,7 +99,9 @@ def compare(
         for gpu in group:
             rows.append(_row(request, source, gpu, traces, _counting(progress, len(rows), len(gpus))))
     if all(row.plan is None for row in rows):
-        raise ConfigError(rows[0].refused, hint="no GPU of the catalog can do it; see `floatline doctor --hardware NAME`")
+        raise ConfigError(
+            rows[0].refused, hint="no GPU of the catalog can do it; see `floatline doctor --hardware NAME`"
+        )
     return Comparison(source=source, rows=tuple(sorted(rows, key=lambda row: (row.hardware.memory, row.hardware.name))))
 
 

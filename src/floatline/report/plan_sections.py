@@ -1,7 +1,7 @@
 """What a person is told of a plan, as plain values: sentences, tables, lists. The text and the page show the same.
 
-The figure to hold against a card is what the run needs: the allocator's peak and the CUDA context, where the allocator
-gives back what it can spare when memory is short. `needs` is that figure in every table.
+The figure to hold against a card is what the run needs: what the allocator holds, and the CUDA context. Short of memory
+the allocator gives back what lies idle, so where it would like more than the card has, `needs` is less than its peak.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 TONES = {"fits": "good", "tight": "warn", "does not fit": "bad", "cannot run": "bad"}
 """Verdict -> how it looks."""
-_COMPONENTS = ("parameters", "gradients", "optimizer state", "activations", "logits", "inputs", "buffers",
-               "temporaries")  # fmt: skip
 _LIMITS = {
     "memory": "the next size up does not fit",
     "model": "the model takes no larger one",
@@ -42,7 +40,6 @@ class Section:
         rows: Texts.
         numeric: Places of columns that are set flush right.
         hint: A sentence below the title; may be empty.
-        strong: Places of rows that stand out.
     """
 
     name: str
@@ -51,7 +48,6 @@ class Section:
     rows: tuple[tuple[str, ...], ...]
     numeric: frozenset[int] = field(default_factory=frozenset)
     hint: str = ""
-    strong: frozenset[int] = field(default_factory=frozenset)
 
 
 def headline(report: PlanReport) -> str:
@@ -89,7 +85,9 @@ def about_model(report: PlanReport | Comparison) -> str:
     about = [source.task or source.kind, f"{count_text(count)} parameters" if count else ""]
     facts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in source.facts.items())
     shape = f": {source.shape}" if str(source.shape) else ""
-    return f"{source.name} ({', '.join(part for part in about if part)}){shape}{f' ({facts} a sample)' if facts else ''}"
+    return (
+        f"{source.name} ({', '.join(part for part in about if part)}){shape}{f' ({facts} a sample)' if facts else ''}"
+    )
 
 
 def _parameters(report: Any) -> int | None:
@@ -102,7 +100,9 @@ def about_plan(report: PlanReport) -> str:
     """Return precision, techniques and time as one sentence."""
     estimate, plan = report.estimate, report.plan
     if plan is None:
-        return f"Inference in {estimate.precision}, about {seconds_text(estimate.time.seconds)} a forward by a roofline."
+        return (
+            f"Inference in {estimate.precision}, about {seconds_text(estimate.time.seconds)} a forward by a roofline."
+        )
     with_what = ", ".join(plan.techniques) or "no technique"
     cost = f", {_times(estimate, plan)} of the plain step's" if plan.techniques else ""
     return (
@@ -128,27 +128,24 @@ def _of_plan(report: PlanReport) -> list[Section]:
 
 
 def _components(table: Mapping[tuple[str, str], Estimate]) -> Section:
-    columns = [(f"{precision} {mode.replace('train', 'training')}", found) for (mode, precision), found in table.items()]
-    rows = [(name, *(_mib(found.categories.get(name, 0)) for _, found in columns)) for name in _COMPONENTS]
+    from floatline.plan.table import components
+
+    found = list(table.values())
+    parts = [components(estimate) for estimate in found]
+    rows = [(name, *(_mib(part[name]) for part in parts)) for name in (parts[0] if parts else ())]
     rows = [row for row in rows if any(cell != DASH for cell in row[1:])]
-    rows.append(("workspaces of cuBLAS", *(_mib(found.workspaces) for _, found in columns)))
-    rows.append(("gaps of the allocator", *(_mib(_gaps(found)) for _, found in columns)))
-    rows.append(("CUDA context", *(_mib(found.context) for _, found in columns)))
-    rows = [row for row in rows if any(cell != DASH for cell in row[1:])]
-    rows.append(("needs", *(bytes_text(found.fit.needed) for _, found in columns)))
-    rows.append(("verdict", *(found.verdict for _, found in columns)))
+    rows.append(("in all", *(bytes_text(estimate.peak_total) for estimate in found)))
+    if any(estimate.fit.needed != estimate.peak_total for estimate in found):
+        rows.append(("needs, at least", *(bytes_text(estimate.fit.needed) for estimate in found)))
+    rows.append(("verdict", *(estimate.verdict for estimate in found)))
+    names = (f"{mode.replace('train', 'training')}, {precision}" for mode, precision in table)
     return Section(
         name="components",
-        title="Memory by component, without techniques",
-        headings=("at the peak", *(name for name, _ in columns)),
-        rows=tuple(rows) if columns else (),
-        numeric=frozenset(range(1, len(columns) + 1)),
-        strong=frozenset({len(rows) - 2, len(rows) - 1}),
+        title="Memory by component at the peak, without techniques",
+        headings=("component", *names),
+        rows=tuple(rows) if found else (),
+        numeric=frozenset(range(1, len(found) + 1)),
     )
-
-
-def _gaps(found: Estimate) -> int:
-    return max(0, found.fit.needed - found.context - found.workspaces - sum(found.categories.values()))
 
 
 def _mib(nbytes: int) -> str:
@@ -202,7 +199,10 @@ def _advice(plan: Plan) -> Section:
 
 
 def _rejected(plan: Plan) -> Section:
-    rows = tuple((rejected.name, rejected.reason) for rejected in plan.rejected)
+    by_reason: dict[str, list[str]] = {}
+    for rejected in plan.rejected:
+        by_reason.setdefault(rejected.reason, []).append(rejected.name)
+    rows = tuple((", ".join(names), reason) for reason, names in by_reason.items())
     return Section(name="rejected", title="Not used, and why", headings=("technique", "reason"), rows=rows)
 
 
@@ -226,7 +226,7 @@ def peak_place(estimate: Estimate) -> str:
 
 
 def _held(estimate: Estimate) -> Section:
-    rows = [(module or DASH, op or DASH, category, bytes_text(nbytes))
+    rows = [(module or "the top", op or DASH, category, bytes_text(nbytes))
             for module, op, category, nbytes in estimate.timeline.largest[:6]]  # fmt: skip
     return Section(
         name="held",
