@@ -262,6 +262,10 @@ def _choices(report: PlanReport) -> Section:
 def notes(report: PlanReport) -> list[str]:
     """Return what a reader should know of the model, the device and the techniques."""
     said = [report.hardware.note, *report.source.notes, *report.estimate.notes]
+    if report.estimate.peak_allocated > 1.01 * (report.estimate.timeline.peak_bytes + report.estimate.workspaces):
+        said.append(
+            f"tensors reach their peak of {bytes_text(report.estimate.peak_allocated)} before the update that is shown"
+        )
     if report.estimate.host_peak:
         said.append(f"{bytes_text(report.estimate.host_peak)} of host memory are used as well")
     return list(dict.fromkeys(text for text in said if text))

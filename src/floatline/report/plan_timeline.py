@@ -105,9 +105,9 @@ def painter(estimate: Estimate) -> Callable[[Axes], None]:
             roof = [below + timeline.curves[layer][place] for below, place in zip(floor, places)]
             axes.fill_between(xs, floor, roof, color=_COLOURS[layer], alpha=0.8, linewidth=0, label=layer)
             floor = roof
-        _line(axes, fit.needed, f"needs {bytes_text(fit.needed)}", INK, "--")
+        _line(axes, fit.needed, f"needs {bytes_text(fit.needed)}", INK, "--", "right")
         if _shows_capacity(estimate):
-            _line(axes, fit.capacity, f"capacity {bytes_text(fit.capacity)}", BAD, "-")
+            _line(axes, fit.capacity, f"capacity {bytes_text(fit.capacity)}", BAD, "-", "left")
         axes.plot([timeline.peak], [timeline.peak_bytes + outside], "o", color=INK, markersize=4)
         _phases(axes, timeline.phases)
         axes.set_ylim(0, top)
@@ -119,12 +119,11 @@ def painter(estimate: Estimate) -> Callable[[Axes], None]:
     return paint
 
 
-def _line(axes: Axes, value: int, label: str, colour: str, style: str) -> None:
-    """Draw a limit with its figure at the right end, above it."""
+def _line(axes: Axes, value: int, label: str, colour: str, style: str, side: str) -> None:
+    """Draw a limit with its figure above it, at the left or right end."""
     axes.axhline(value, color=colour, linewidth=1.2, linestyle=style)
-    axes.text(
-        0.995, value, label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=colour, fontsize=7.5
-    )
+    at = 0.005 if side == "left" else 0.995
+    axes.text(at, value, label, transform=axes.get_yaxis_transform(), ha=side, va="bottom", color=colour, fontsize=7.5)
 
 
 def _phases(axes: Axes, phases: tuple[tuple[str, int], ...]) -> None:
