@@ -9,13 +9,14 @@ that holds it a release (`weakref.finalize` on the storage). Where in the progra
     category  what a storage turned out to be for: looked up in the model, its gradients and the optimizer's state; what
               a forward leaves alive for the backward is an activation
 
-What kernels allocate inside of an op and free again (scratch.py) is recorded as a workspace around its results.
+What kernels allocate inside of an op and free again (scratch/) is recorded as a workspace around its results. A
+sum of two gradients takes over the memory of the first where autograd would have added in place (accumulate.py).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,13 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from floatline.observe.accumulate import engine_alone, grows_in_place
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking, tensors_in
+from floatline.observe.scratch import NOTHING, Scratch
 from floatline.techniques.placement import allocates_on_host, allocates_within_kernel
-
-Scratch = Callable[[Any, Any, Any, Any], int]
-"""(op, args, kwargs, result) -> bytes that the kernel allocates and frees again."""
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -67,17 +67,21 @@ class Recorder(Faking):
         self._settled = 0
         self._finished = False
         self.vocabulary = 0
+        self._alone = engine_alone()
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         phase, module = self._place()
         name = func._schema.name.replace("::", ".")
-        born = False
-        for tensor in tensors_in(out):
-            born |= self._born(tensor, name, phase, module)
+        if grows_in_place(func, args, kwargs, self._alone):
+            self._takes_over(args[0], out)
+        elsewhere = func.is_view or allocates_within_kernel() or allocates_on_host()
+        need = NOTHING if elsewhere else self.scratch(func, args, kwargs, out)
+        for place, tensor in enumerate(tensors_in(out)):
+            self._born(tensor, name, phase, module, need.storages[place] if need.storages else 0)
         if func.is_view:
             return
-        if born and (extra := self.scratch(func, args, kwargs, out)):
-            self._passing(extra, name, phase, module)
+        if need.extra:
+            self._passing(need.extra, name, phase, module)
         if self.update >= 0:
             self._add_cost(func, args, kwargs, out, phase, name)
 
@@ -118,19 +122,27 @@ class Recorder(Faking):
         self._settled = len(self.trace.storages)
         self.phase = Phase.OPTIMIZER  # of what comes after the backward, until the next forward
 
-    def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str) -> bool:
+    def _born(self, tensor: torch.Tensor, op: str, phase: Phase, module: str, real: int = 0) -> None:
+        """Record a storage that was not there before; `real` are its bytes where the fake one has other ones."""
         storage = tensor.untyped_storage()
         address = storage._cdata
-        nbytes = 0 if address in self._numbers or allocates_within_kernel() else storage.nbytes()
+        nbytes = 0 if address in self._numbers or allocates_within_kernel() else real or storage.nbytes()
         if not nbytes:
-            return False
+            return
         made = Storage(nbytes, self._category(tensor, phase), module, op, phase, self.update, allocates_on_host())
         number = len(self.trace.storages)
         self.trace.storages.append(made)
         self._events_of(made).append((number, nbytes))
         self._numbers[address] = number
         weakref.finalize(storage, self._died, address).atexit = False
-        return True
+
+    def _takes_over(self, earlier: torch.Tensor, later: torch.Tensor) -> None:
+        """The memory of a tensor that is about to die becomes that of another."""
+        number = self._numbers.pop(earlier.untyped_storage()._cdata, None)
+        if number is not None:
+            storage = later.untyped_storage()
+            self._numbers[storage._cdata] = number
+            weakref.finalize(storage, self._died, storage._cdata).atexit = False
 
     def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
         """Return what a storage seems to be for when it is born."""

@@ -29,6 +29,7 @@ from floatline.precision.apply import TARGET_NAMES
 from floatline.step import TrainStep, Workload
 from floatline.step.batch import call_model
 from floatline.techniques import Technique
+from floatline.techniques.distributed.standing_in import leaving_out_shadows
 from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
@@ -99,6 +100,8 @@ def _recording(hardware: Hardware) -> Iterator[Recorder]:
         assert isinstance(recorder, Recorder)
         stack.enter_context(on_target(hardware))
         stack.enter_context(watching(recorder))
+        if torch.distributed.is_initialized():
+            stack.enter_context(leaving_out_shadows())
         yield recorder
         recorder.trace.assumptions = list(recorder.assumptions)
 

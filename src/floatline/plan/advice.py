@@ -28,14 +28,14 @@ class Advice:
         kind: "gpu", "gpus" or "adapter".
         text: As a sentence.
         techniques: With which techniques.
-        peak_total: Bytes that a device then needs.
+        needed: Bytes that a device then needs.
         capacity: Bytes that it has.
     """
 
     kind: str
     text: str
     techniques: tuple[str, ...]
-    peak_total: int
+    needed: int
     capacity: int
 
 
@@ -102,6 +102,6 @@ def _piece(kind: str, text: str, techniques: Sequence[Technique], estimate: Esti
         kind=kind,
         text=text,
         techniques=tuple(map(str, techniques)),
-        peak_total=estimate.peak_total,
+        needed=estimate.fit.needed,
         capacity=estimate.fit.capacity,
     )

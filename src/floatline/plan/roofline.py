@@ -1,8 +1,8 @@
 """How long an update takes, by a roofline: a model for comparing techniques, not a stopwatch.
 
 Each op takes the longest of three times: its FLOPs at the GPU's rate for its number format, its bytes at the memory's
-bandwidth, and the launch of a kernel. What offload moves over the bus runs beside the computation, so only what is longer
-than that counts. Rates are the vendor's dense figures times the share of them that large matrix products reach.
+bandwidth, and the launch of a kernel. What offload moves over the bus runs beside the computation, so only what takes
+longer than that counts. Rates are the vendor's dense figures times the share of them that large products reach.
 
 The absolute seconds are a lower bound in spirit: small matrices, eager Python between kernels and data loading are not
 in it. Ratios between two plans of one model on one GPU are what it is for.
@@ -17,7 +17,7 @@ from floatline.hardware import Hardware
 from floatline.observe.events import Trace
 
 MATRIX_SHARE = 0.7
-"""Share of the published rate that large matrix products reach: 769 to 798 of 989 TFLOP/s on H200, 271 of 312 on A100."""
+"""Share of the published rate that large products reach: 769 to 798 of 989 TFLOP/s on H200, 271 of 312 on A100."""
 BANDWIDTH_SHARE = 0.85
 """Share of the published bandwidth that a copy reaches: 4.3 of 4.8 TB/s on H200."""
 LAUNCH_SECONDS = 5e-6

@@ -48,7 +48,7 @@ def timeline_of(trace: Trace) -> Timeline:
     live: dict[int, Storage] = {}
     total = best = 0
     peak = begin
-    for index, (number, nbytes) in enumerate(trace.events):
+    for index, (_, nbytes) in enumerate(trace.events):
         total += nbytes
         if index >= begin and total > best:
             best, peak = total, index

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
 
 from floatline.techniques.distributed.shards import is_sharded, on_this_rank
-from floatline.techniques.placement import moved_to_host, resized
+from floatline.techniques.placement import moved_to_host, resized, within_kernel
 
 
 @contextmanager
@@ -34,6 +35,30 @@ def telling_of_gathers() -> Iterator[None]:
                     setattr(module, name, _telling(function))
                     stack.callback(setattr, module, name, function)
         yield
+
+
+@contextmanager
+def leaving_out_shadows() -> Iterator[None]:
+    """Context in which what DTensor allocates to work out an op's whole shape has no memory.
+
+    It runs each new op once on fake tensors of the unsharded shape, in the fake mode that is active: the one that is
+    watched here.
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    name = "_propagate_tensor_meta_non_cached"
+    function = getattr(ShardingPropagator, name)
+
+    @wraps(function)
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        with within_kernel():
+            return function(*args, **kwargs)
+
+    setattr(ShardingPropagator, name, shadow)
+    try:
+        yield
+    finally:
+        setattr(ShardingPropagator, name, function)
 
 
 def _telling(function: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
