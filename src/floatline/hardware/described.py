@@ -88,7 +88,7 @@ def target(name: str = "auto", *, vram: str | None = None, capability: str | Non
     try:
         known = resolve(name)
     except ConfigError as error:
-        raise ConfigError(error.message, hint=f"{error.hint.rstrip('.')} {_joint(error.hint)}{GIVE}") from None
+        raise ConfigError(error.message, hint=f"{error.hint}{_joint(error.hint)}{GIVE}") from None
     if memory is None:
         return known
     note = f"{memory / GIB:.1f} GiB as given; the rest is that of {known.name}"
@@ -96,7 +96,7 @@ def target(name: str = "auto", *, vram: str | None = None, capability: str | Non
 
 
 def _joint(hint: str) -> str:
-    return "Or " if hint.endswith("?") else "; or "
+    return " Or " if hint.endswith("?") else "; or "
 
 
 def _from_facts(name: str, memory: int, capability: tuple[int, int]) -> Hardware:

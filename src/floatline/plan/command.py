@@ -112,10 +112,11 @@ def _check_batches(batch: int | None, whole: int, techniques: tuple[str, ...]) -
     if batch is None:
         return
     if whole % batch:
-        near = sorted((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - batch))[:2]
+        cuts = [rows for rows in range(1, whole + 1) if whole % rows == 0]
+        near = [*[rows for rows in cuts if rows < batch][-1:], *[rows for rows in cuts if rows > batch][:1]]
         raise ConfigError(
             f"--global-batch {whole} is no multiple of --batch {batch}",
-            hint=f"an update of {whole} rows can be cut into micro-batches of {' or '.join(map(str, sorted(near)))}",
+            hint=f"an update of {whole} rows can be cut into micro-batches of {' or '.join(map(str, near))}",
         )
     if any(make_technique(text).name == "accumulation" for text in techniques):
         raise ConfigError(
