@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.flop_counter import flop_registry
 
-from floatline.observe.fake import tensors_in
+from floatline.observe.real import tensors_in
 
 
 def cost_of(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int, str]:

@@ -6,21 +6,21 @@ constructor spreads drop-path rates with `linspace(...).tolist()`. So this mode,
 
     no fake input, small result      runs for real (ids, masks, grids, schedules, small tables)
     anything else                    runs on fake tensors; real inputs are turned into fake ones
-    boolean mask as an index         a real mask becomes integer indices first, so that the result has a known size
-    integers made of fake floats     (top-k, argmax, sort) become real ones that are spread evenly: each expert gets as
-                                     many tokens as the next
-    a fake value that is read        gets a nominal answer: 1.0, and for a comparison what it would be for ordinary finite
-                                     numbers. Every such answer is noted in `assumptions`.
+    a size that values decide        is known where they are real, else assumed (selection.py)
+    a fake value that is read        gets an ordinary answer (values.py)
 
-Not covered: shapes that depend on fake floats through other ops than those (`unique`, custom ops without a fake
-kernel): one clear error that names the op and the line.
+A small real tensor into which fake values were written stays real, for its memory and its graph; its values count as
+unknown from then on, and so do those of what is made of it. What the program was told without knowing is noted in
+`assumptions`, each with its line.
+
+Not covered: shapes that depend on fake floats through ops that neither file names (custom ops without a fake kernel,
+sparse layouts): one clear error that names the op and the line.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,38 +30,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeCopyMode,
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
-    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
-from floatline.errors import FloatlineError, ModelError
+from floatline.errors import ModelError
+from floatline.observe import selection, values
+from floatline.observe.real import asking, is_small, really, tensors_in, where
 
-aten = torch.ops.aten
-REAL_BYTES = 2**26
-"""Largest integer or boolean result that is computed for real."""
-REAL_FLOATS = 2**16
-"""Most elements of a float result that is computed for real."""
 _VALUES_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
-_NOMINAL = "_floatline_nominal"
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
-
-
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested lists, tuples and dicts; faster than pytree, and an op's arguments hold no more."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
+_SPECIAL: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {**values.READING, **selection.SELECTING}
 
 
 class Faking(TorchDispatchMode):
@@ -78,6 +59,8 @@ class Faking(TorchDispatchMode):
         super().__init__()
         self.fake_mode = fake_mode
         self.assumptions: dict[str, None] = {}
+        self._overwritten: set[int] = set()  # addresses of real storages that hold values nobody knows
+        self._asked: tuple[tuple[int, int], bool, int] = ((0, 0), False, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,20 +78,25 @@ class Faking(TorchDispatchMode):
         """Run an op on fake tensors, or for real where that is small and possible."""
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
-            return self.run_fake(func, args, kwargs)
+            out = self.run_fake(func, args, kwargs)
+            values.keep_known(func, args, kwargs, out)
+            return self._after_writing(func, args, kwargs, out) if func._schema.is_mutable else out
+        out = self._run_real(func, args, kwargs, inputs)
+        if self._overwritten and any(self.is_unknown(tensor) for tensor in inputs):
+            self._overwrite(out)
+        return out
+
+    def _run_real(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
+        """Run an op without fake inputs."""
         if inputs and not any(tensor.numel() for tensor in inputs if tensor.numel() > 256):
             return really(func, args, kwargs)  # nothing small grows large but by a factory
-        return self._run_by_size(func, args, kwargs)
-
-    def _run_by_size(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Ask the fake kernel how large the result will be, then run for real or keep what it gave."""
         if func._schema.is_mutable:
             return really(func, args, kwargs)
         try:
-            guess = func(*args, **kwargs)
+            guess = func(*args, **kwargs)  # the fake kernel says how large the result will be
         except (*_VALUES_UNKNOWN, UnsupportedOperatorException):
             return really(func, args, kwargs)
-        if all(_is_small(tensor) for tensor in tensors_in(guess)):
+        if all(is_small(tensor) for tensor in tensors_in(guess)):
             return really(func, args, kwargs)
         return guess
 
@@ -122,20 +110,14 @@ class Faking(TorchDispatchMode):
             return func(*args, **kwargs)
         except _VALUES_UNKNOWN:
             raise ModelError(
-                f"{func} makes a result whose shape depends on values that are not known before training{_where() or ''}",
+                f"{func} makes a result whose shape depends on values that are not known before training{where() or ''}",
                 hint="plan a variant of the model whose shapes are fixed, or give that tensor as an integer input",
             ) from None
         except UnsupportedOperatorException:
             raise ModelError(
-                f"{func} has no fake kernel, so its results cannot be predicted{_where() or ''}",
+                f"{func} has no fake kernel, so its results cannot be predicted{where() or ''}",
                 hint=f"register one: @torch.library.register_fake({func.name()!r})",
             ) from None
-
-    def assume(self, text: str) -> None:
-        """Note an answer that was given without knowing."""
-        where = _where()
-        if where is not None:
-            self.assumptions[text + where] = None
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor as a fake one, the same one each time."""
@@ -143,255 +125,95 @@ class Faking(TorchDispatchMode):
             return tensor
         return self.fake_mode.from_tensor(tensor, static_shapes=True)
 
+    # What is not known
 
-def really(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an op for real, below the fake mode."""
-    with unset_fake_temporarily():
-        return func(*args, **kwargs)
+    def is_unknown(self, value: Any) -> bool:
+        """Say whether a tensor is fake, or real with values that fake ones have gone into."""
+        if not isinstance(value, torch.Tensor):
+            return False
+        if isinstance(value, FakeTensor):
+            return True
+        return bool(self._overwritten) and value.untyped_storage()._cdata in self._overwritten
 
+    def _after_writing(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """Note which real tensors fake values went into; the result is the tensor itself, not a fake stand-in for it."""
+        places = enumerate(func._schema.arguments)
+        taken = [
+            args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in places
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written = list(tensors_in(taken))
+        self._overwrite(written)
+        alone = len(written) == 1 and isinstance(out, torch.Tensor)
+        return written[0] if alone and not isinstance(written[0], FakeTensor) else out
 
-def _is_small(tensor: torch.Tensor) -> bool:
-    if tensor.is_floating_point() or tensor.is_complex():
-        return tensor.numel() <= REAL_FLOATS
-    return tensor.numel() * tensor.element_size() <= REAL_BYTES
+    def _overwrite(self, out: Any) -> None:
+        for tensor in tensors_in(out):
+            if not isinstance(tensor, FakeTensor) and not self.is_unknown(tensor):
+                storage = tensor.untyped_storage()
+                self._overwritten.add(storage._cdata)
+                weakref.finalize(storage, self._overwritten.discard, storage._cdata).atexit = False
 
+    def assume(self, text: str) -> None:
+        """Note an answer that was given without knowing."""
+        line = where()
+        if line is not None:
+            self.assumptions[text + line] = None
 
-def _where() -> str | None:
-    """Return the line of the program that runs now, as " (file.py:12)"; None when it is one of Floatline's own."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OURS) and file != __file__:
-            return None
-        if not file.startswith((_TORCH, _OURS, "<")):
-            return f" ({'/'.join(file.split('/')[-2:])}:{frame.f_lineno})"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-# What looks at values
-
-
-def _item(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    tensor = args[0]
-    if not isinstance(tensor, FakeTensor):
-        return really(func, args, kwargs)
-    if tensor.dtype == torch.bool:
-        answer: Any = getattr(tensor, _NOMINAL, False)
-    else:
-        answer = 1.0 if tensor.is_floating_point() else 1
-        mode.assume(f"a value that is read was taken to be {answer}")
-    return answer
-
-
-def _equal(mode: Faking, func: Any, args: Any, kwargs: Any) -> bool:
-    if any(isinstance(tensor, FakeTensor) for tensor in args):
-        return args[0] is args[1]
-    return bool(really(func, args, kwargs))
-
-
-def _truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    """A comparison, or logic on one: the fake result remembers what it would be for ordinary numbers, here 1.0."""
-    out = mode.run(func, args, kwargs)
-    if isinstance(out, FakeTensor) and out.dtype == torch.bool:
-        try:
-            with unset_fake_temporarily():
-                scalars = [_ordinary(value) for value in args]
-                nominal = bool(func(*scalars, **{key: value for key, value in kwargs.items() if key != "dtype"}))
-        except (RuntimeError, TypeError, IndexError):
-            nominal = False
-        setattr(out, _NOMINAL, nominal)
-    return out
-
-
-def _ordinary(value: Any) -> Any:
-    """Return a number that stands for a tensor: itself where it is one real number, the nominal truth, or 1."""
-    if not isinstance(value, torch.Tensor):
-        return [] if isinstance(value, list) else value  # a list of dimensions to reduce
-    if not isinstance(value, FakeTensor) and value.numel() == 1:
-        return value.reshape(())
-    return (
-        torch.tensor(getattr(value, _NOMINAL, False))
-        if value.dtype == torch.bool
-        else torch.ones((), dtype=value.dtype)
-    )
-
-
-def _nonzero(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    mask = args[0]
-    if not isinstance(mask, FakeTensor):
-        return really(func, args, kwargs)
-    with unset_fake_temporarily():
-        count = max(1, mask.numel() // 2)
-        mode.assume(f"half of a mask of {tuple(mask.shape)} was taken to be true")
-        flat = torch.arange(count) * 2 if mask.numel() > 1 else torch.zeros(1, dtype=torch.long)
-        return torch.stack(torch.unravel_index(flat, mask.shape), dim=1) if mask.dim() else flat[:, None][:, :0]
-
-
-def _by_integers(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    """Indexing: masks are replaced by the integers that they stand for."""
-    indices = args[1]
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        integers: list[Any] = []
-        for index in indices:
-            if index is None or index.dtype not in (torch.bool, torch.uint8):
-                integers.append(index)
-            else:
-                found = _nonzero(mode, aten.nonzero.default, (index,), {})
-                integers += really(torch.unbind, (found, 1), {})
-        args = (args[0], integers, *args[2:])
-    return mode.run(func, args, kwargs)
-
-
-def _masked_select(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    if not any(isinstance(tensor, FakeTensor) for tensor in args):
-        return really(func, args, kwargs)
-    tensor, mask = torch.broadcast_tensors(args[0], args[1])
-    return _by_integers(mode, aten.index.Tensor, (tensor, [mask]), {})
-
-
-def _repeat(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    """`repeat_interleave` with real counts: its length is their sum."""
-    if len(args) > 1 and isinstance(args[0], FakeTensor) and not isinstance(args[1], FakeTensor):
-        kwargs = {**kwargs, "output_size": int(really(aten.sum.default, (args[1],), {}))}
-    return mode.run(func, args, kwargs)
-
-
-def _chosen(dimension: int, count: Callable[[Any, Any], int]) -> Callable[..., Any]:
-    """A maker of handlers for ops that return indices along a dimension: those become real and evenly spread."""
-
-    def handler(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-        out = mode.run(func, args, kwargs)
-        indices = out if isinstance(out, torch.Tensor) else out[-1]
-        if not isinstance(indices, FakeTensor) or indices.numel() * 8 > REAL_BYTES:
-            return out
-        length = _length(args, kwargs, dimension, count)
-        with unset_fake_temporarily():
-            real = (torch.arange(indices.numel()) % max(1, length)).reshape(indices.shape)
-        return real if isinstance(out, torch.Tensor) else (*out[:-1], real)
-
-    return handler
-
-
-def _length(args: Any, kwargs: Any, position: int, default: Callable[[Any, Any], int]) -> int:
-    tensor = args[0]
-    dim = kwargs.get("dim", args[position] if len(args) > position else default(args, kwargs))
-    if dim is None or not tensor.dim():
-        return int(tensor.numel())
-    return int(tensor.shape[dim])
-
-
-def _grouped_mm(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
-    """Its fake kernel accepts bf16 on a GPU only; the shape of the result is simple."""
-    if not any(isinstance(tensor, FakeTensor) for tensor in tensors_in(args)):
-        return really(func, args, kwargs)
-    left, right = mode.fake(args[0]), args[1]
-    offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
-    groups = (
-        [] if left.dim() == 2 and right.dim() == 3 else [offsets.shape[0]] if left.dim() == right.dim() == 2 else []
-    )
-    if left.dim() == right.dim() == 3:
-        groups = [left.shape[0]]
-    return left.new_empty(*groups, left.shape[-2], right.shape[-1], dtype=kwargs.get("out_dtype"))
-
-
-_SPECIAL: dict[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: _item,
-    aten.equal.default: _equal,
-    aten.nonzero.default: _nonzero,
-    aten.index.Tensor: _by_integers,
-    aten.index_put.default: _by_integers,
-    aten.index_put_.default: _by_integers,
-    aten._index_put_impl_.default: _by_integers,
-    aten.masked_select.default: _masked_select,
-    aten.repeat_interleave.Tensor: _repeat,
-    aten.topk.default: _chosen(2, lambda args, kwargs: -1),
-    aten.sort.default: _chosen(1, lambda args, kwargs: -1),
-    aten.sort.stable: _chosen(2, lambda args, kwargs: -1),
-    aten.argsort.default: _chosen(1, lambda args, kwargs: -1),
-    aten.argsort.stable: _chosen(2, lambda args, kwargs: -1),
-    aten.argmax.default: _chosen(1, lambda args, kwargs: None),  # type: ignore[arg-type,return-value]
-    aten.argmin.default: _chosen(1, lambda args, kwargs: None),  # type: ignore[arg-type,return-value]
-    aten.multinomial.default: _chosen(9, lambda args, kwargs: -1),
-}
-_COMPARISONS = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isnan, aten.isinf, aten.logical_and,
-                aten.logical_or, aten.logical_not, aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.mul,
-                aten.any, aten.all)  # fmt: skip
-_SPECIAL |= {getattr(packet, name): _truth for packet in _COMPARISONS for name in packet.overloads()}
-if hasattr(aten, "_grouped_mm"):
-    _SPECIAL[aten._grouped_mm.default] = _grouped_mm
-
-
-# Models and batches
+    def patient(self, answer: bool) -> bool:
+        """Return `answer`, or its opposite where one place in a running function has got it too often in a row."""
+        place = asking()
+        before, said, times = self._asked
+        times = times + 1 if (before, said) == (place, answer) else 1
+        if times > values.PATIENCE:
+            self._asked = (place, answer, 0)
+            return not answer
+        self._asked = (place, answer, times)
+        return answer
 
 
 @contextmanager
 def faking(make: Callable[[FakeTensorMode], Faking] = Faking) -> Iterator[Faking]:
     """Enter the fake mode and the mode above it; random numbers of the process are as before afterwards."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
-        with make(fake_mode) as mode:
+        with make(fake_mode) as mode, _taught(mode):
             yield mode
 
 
-def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.Module:
-    """Return a model with fake parameters; one that exists already is copied without its data.
+@contextmanager
+def _taught(mode: Faking) -> Iterator[None]:
+    """Teach fake tensors two things that they do not learn from a mode, because torch does them below or beside it.
 
-    Raises:
-        ModelError: The factory fails on fake tensors.
+    numpy           is refused in C++; answered here.
+    copy.deepcopy   copies the storage beside the tensor, and views of the copy lie in memory of their own ever after
+                    (`nn.TransformerEncoder` copies its layers); a clone does what is meant.
     """
-    if isinstance(model, nn.Module):
-        with FakeCopyMode(mode.fake_mode):
-            made = copy.deepcopy(model)
-        _restore_small(model, made)
-    else:
-        made = _built(model)
-    fake_parameters(made, mode)
-    return made
-
-
-def _built(factory: Callable[[], nn.Module]) -> nn.Module:
+    taught = {"numpy": lambda self, *, force=False: values.array(mode, self), "__deepcopy__": _deepcopy}
+    before = {name: FakeTensor.__dict__.get(name) for name in taught}
+    for name, method in taught.items():
+        setattr(FakeTensor, name, method)
     try:
-        return factory()
-    except (FloatlineError, TypeError, NameError, AttributeError):
-        raise
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            f"the model cannot be built without its memory: {str(error).splitlines()[0]}",
-            hint="build it on the CPU, from its config, without loading weights or moving it to a GPU",
-        ) from error
+        yield
+    finally:
+        for name, method in before.items():
+            delattr(FakeTensor, name) if method is None else setattr(FakeTensor, name, method)
 
 
-def _restore_small(model: nn.Module, made: nn.Module) -> None:
-    """Give small integer and boolean buffers of the copy their values back: programs branch on them."""
-    for module, other in zip(model.modules(), made.modules(), strict=True):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_floating_point() and _is_small(buffer):
-                with unset_fake_temporarily():
-                    other._buffers[name] = buffer.detach().clone()
-
-
-def fake_parameters(model: nn.Module, mode: Faking) -> None:
-    """Turn the parameters that were small enough to be real, and large float buffers, into fake ones, in place."""
-    known: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, FakeTensor):
-                if id(parameter) not in known:
-                    fake = nn.Parameter(mode.fake(parameter.detach()), requires_grad=parameter.requires_grad)
-                    fake.__dict__.update(parameter.__dict__)
-                    known[id(parameter)] = fake
-                module._parameters[name] = known[id(parameter)]
-
-
-def fake_batch(batch: Any, mode: Faking) -> Any:
-    """Return a batch with fake floats; integers and booleans stay real, the program may look at them."""
-    if isinstance(batch, torch.Tensor):
-        return mode.fake(batch) if batch.is_floating_point() or not _is_small(batch) else batch
-    if isinstance(batch, dict):
-        values = {key: fake_batch(value, mode) for key, value in batch.items()}
-        return type(batch)(values)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(fake_batch(value, mode) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(fake_batch(value, mode) for value in batch)
-    return batch
+def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+    if id(tensor) in memo:
+        copied: torch.Tensor = memo[id(tensor)]
+        return copied
+    if not tensor.is_leaf:
+        raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol at the moment.")
+    with torch.no_grad():
+        copied = tensor.detach().clone(memory_format=torch.preserve_format)
+    if isinstance(tensor, nn.Parameter):
+        copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    copied.requires_grad_(tensor.requires_grad)
+    memo[id(tensor)] = copied
+    if tensor.grad is not None:
+        copied.grad = copy.deepcopy(tensor.grad, memo)
+    own = {name: value for name, value in tensor.__dict__.items() if name not in copied.__dict__}
+    copied.__dict__.update(copy.deepcopy(own, memo))
+    return copied

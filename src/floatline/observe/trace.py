@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Phase, Trace
-from floatline.observe.fake import fake_batch, fake_model, faking
+from floatline.observe.fake import faking
+from floatline.observe.fake_model import fake_batch, fake_model
 from floatline.observe.recorder import Recorder, module_names
 from floatline.observe.scratch import scratch_of
 from floatline.observe.target import on_target
@@ -121,7 +122,8 @@ def _start(recorder: Recorder, model: nn.Module) -> None:
 
 def _vocabulary(model: nn.Module) -> int:
     """Return the width of the logits of a language model, 0 for other models."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = ask() if ask is not None else None
     weight = getattr(head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])

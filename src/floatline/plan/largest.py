@@ -34,8 +34,8 @@ class Largest:
         key: "batch" (samples a micro-batch), "seq" (tokens) or "image" (pixels a side).
         value: The largest that was traced and fits.
         peak_total: Bytes then needed.
-        limited_by: "memory" (a little more does not fit), "model" (it takes no more), or "tried" (more may fit; no further
-            trial was made).
+        limited_by: "memory" (a little more does not fit), "model" (it takes no more), or "tried" (more may fit; no
+            further trial was made).
     """
 
     key: str
@@ -60,7 +60,7 @@ def largest(
     known: dict[Shape, Estimate | None] = {}
 
     def attempt(key: str, value: int) -> Estimate | None:
-        asked = _open(replace(shape, **{key: (value, value) if key == "image" else value}), key)
+        asked = _open(_with(shape, key, value), key)
         if asked not in known:
             progress(f"{key} {value}", len(known))
             try:
@@ -86,6 +86,11 @@ def _one_micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape]:
     others = [technique for technique in techniques if technique.name != "accumulation"]
     rows = -(-(shape.batch or 1) // plan.estimate.micro_batches)
     return others, replace(shape, batch=rows)
+
+
+def _with(shape: Shape, key: str, value: int) -> Shape:
+    changed: Any = (value, value) if key == "image" else value
+    return replace(shape, **{key: changed})
 
 
 def _open(shape: Shape, key: str) -> Shape:

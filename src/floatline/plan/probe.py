@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from floatline.observe.fake import fake_model, faking
+from floatline.observe.fake import faking
+from floatline.observe.fake_model import fake_model
 from floatline.step import Workload
 from floatline.techniques import attention_hf
 from floatline.techniques.attention import attention_modules

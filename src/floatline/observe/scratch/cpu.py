@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from floatline.observe.fake import tensors_in
+from floatline.observe.real import tensors_in
 from floatline.observe.scratch import NOTHING, Need
 from floatline.observe.scratch.libraries import Libraries
 from floatline.observe.scratch.shared import HALVES, SHARED, Rule, argument, size_of

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from floatline.observe.fake import tensors_in
+from floatline.observe.real import tensors_in
 from floatline.observe.scratch import NOTHING, Need
 from floatline.observe.scratch.measure import Like, Measured, measure
 from floatline.observe.scratch.shared import HALVES, plain_sizes, size_of

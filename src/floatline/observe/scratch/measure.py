@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import ProfilerConfig, ProfilerState
 from torch.utils._python_dispatch import _disable_current_modes
 
-from floatline.observe.fake import tensors_in
+from floatline.observe.real import tensors_in
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from floatline.observe.fake import tensors_in
+from floatline.observe.real import tensors_in
 from floatline.observe.scratch import NOTHING, Need
 
 aten = torch.ops.aten
