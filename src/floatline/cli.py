@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -165,6 +165,7 @@ def plan(
     """
     from floatline.plan.command import PlanRequest
     from floatline.plan.shape import Shape, parse_image
+    from floatline.report.plan_output import check_outputs
 
     size = None if image is None else parse_image(image)
     request = PlanRequest(
@@ -184,6 +185,7 @@ def plan(
         expandable_segments=expandable_segments,
         quick=quick,
     )
+    check_outputs(request, out, png, export)
     answer = _planned(request)
     _show_plan(answer, out, png, export, as_json)
     raise typer.Exit(0 if answer.fits else 1)
@@ -207,7 +209,7 @@ def _show_plan(
     if out is not None:
         write_page(answer, out)
     if png is not None:
-        write_picture(answer, png)
+        write_picture(cast("PlanReport", answer), png)
     written = [str(path) for path in (out, png) if path is not None]
     if as_json:
         _print_json({**answer.as_dict(), "written": written})

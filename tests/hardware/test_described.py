@@ -64,7 +64,12 @@ def test_names_go_through():
 @pytest.mark.parametrize(
     ("name", "facts", "message", "hint"),
     [
-        ("rtx-3080", {}, "unknown hardware 'rtx-3080'", "did you mean 'rtx-3090' or 'rtx-5090' or 'rtx-4090'? Or give --vram 24GiB --capability 8.6"),
+        (
+            "rtx-3080",
+            {},
+            "unknown hardware 'rtx-3080'",
+            "did you mean 'rtx-3090' or 'rtx-5090' or 'rtx-4090'? Or give --vram 24GiB --capability 8.6",
+        ),
         ("gpu9000", {}, "unknown hardware 'gpu9000'", "b200; or give --vram 24GiB --capability 8.6"),
         ("gpu9000", {"vram": "24GiB"}, "unknown hardware 'gpu9000'", "--capability 8.6"),
         ("x", {"capability": "8.6"}, "--capability 8.6 was given without --vram", "give --vram"),

@@ -83,7 +83,10 @@ def test_the_whole_answer_has_table_and_largest_sizes(tmp_path):
     assert {mode for mode, _ in found.table} == {"train", "inference"} and len(found.table) == 4
     as_dict = found.as_dict()
     assert [row["mode"] for row in as_dict["table"]] == ["inference", "inference", "train", "train"]
-    assert as_dict["source"]["shape"] == {"batch": 4} and as_dict["estimate"]["band"][0] < as_dict["estimate"]["peak_total"]
+    assert (
+        as_dict["source"]["shape"] == {"batch": 4}
+        and as_dict["estimate"]["band"][0] < as_dict["estimate"]["peak_total"]
+    )
     assert as_dict["recipe"]["precision"] == "bf16-mixed"
 
 

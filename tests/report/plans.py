@@ -131,7 +131,7 @@ def plan(hardware: Hardware, final: float, advice: tuple[Advice, ...] = ()) -> P
 def report(final: float = 10.0, **changes: Any) -> PlanReport:
     """A plan for a T4 that needs `final` GiB."""
     gpu = lookup("t4")
-    pieces = (Advice(kind="gpu", text="l4 in bf16-mixed", techniques=("checkpointing",), peak_total=20 * GIB,
+    pieces = (Advice(kind="gpu", text="l4 in bf16-mixed", techniques=("checkpointing",), needed=20 * GIB,
                      capacity=22 * GIB),) if final > 14 else ()  # fmt: skip
     decided = plan(gpu, final, pieces)
     columns = {

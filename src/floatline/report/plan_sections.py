@@ -100,9 +100,7 @@ def about_plan(report: PlanReport) -> str:
     """Return precision, techniques and time as one sentence."""
     estimate, plan = report.estimate, report.plan
     if plan is None:
-        return (
-            f"Inference in {estimate.precision}, about {seconds_text(estimate.time.seconds)} a forward by a roofline."
-        )
+        return f"In {estimate.precision}; about {seconds_text(estimate.time.seconds)} a forward by a roofline."
     with_what = ", ".join(plan.techniques) or "no technique"
     cost = f", {_times(estimate, plan)} of the plain step's" if plan.techniques else ""
     return (
@@ -187,12 +185,12 @@ def _signed(nbytes: int) -> str:
 
 
 def _advice(plan: Plan) -> Section:
-    rows = [(piece.text, ", ".join(piece.techniques) or DASH, bytes_text(piece.peak_total), bytes_text(piece.capacity))
+    rows = [(piece.text, ", ".join(piece.techniques) or DASH, bytes_text(piece.needed), bytes_text(piece.capacity))
             for piece in plan.advice]  # fmt: skip
     return Section(
         name="advice",
         title="What would fit",
-        headings=("instead", "with", "peak", "of"),
+        headings=("instead", "with", "needs", "of"),
         rows=tuple(rows),
         numeric=frozenset({2, 3}),
     )

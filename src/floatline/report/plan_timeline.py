@@ -10,6 +10,7 @@ gaps is not a curve of tensors; it is the distance between the stack's peak and 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,8 @@ def timeline_png(estimate: Estimate, title: str) -> bytes:
         figure = figure_module.Figure(figsize=(9.0, 4.4), layout="constrained", dpi=150, facecolor="white")
         axes = figure.subplots()
         axes.margins(x=0.01)
-        axes.set_title(f"{title}\n{caption(estimate)}", loc="left", fontsize=8.5, parse_math=False, pad=16, wrap=True)
+        lines = [line for said in (title, caption(estimate)) for line in textwrap.wrap(said, 110)]
+        axes.set_title("\n".join(lines), loc="left", fontsize=8.5, parse_math=False, pad=16)
         painter(estimate)(axes)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
