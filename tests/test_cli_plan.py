@@ -58,8 +58,9 @@ def test_a_search_ends_with_a_recipe_that_train_reads(floatline):
 def test_json_has_plain_numbers(floatline, tiny_gpt2):
     done = floatline("plan", tiny_gpt2, "--hardware", "t4", "--json")
     told = json.loads(done.stdout)
-    assert {"model", "hardware", "verdict", "precision", "precision_reason", "techniques", "estimate", "ladder", "rejected",
-            "advice", "recipe", "source", "table", "largest", "settings", "written"} <= set(told)  # fmt: skip
+    assert {"model", "hardware", "verdict", "precision", "precision_reason", "techniques", "estimate", "ladder",
+            "rejected", "advice", "recipe", "source", "table", "largest", "settings",
+            "written"} <= set(told)  # fmt: skip
     assert {"peak_allocated", "peak_reserved", "peak_total", "margin", "chance", "band", "categories",
             "seconds"} <= set(told["estimate"])  # fmt: skip
     assert isinstance(told["estimate"]["peak_total"], int) and told["source"]["shape"]["seq"] == 64

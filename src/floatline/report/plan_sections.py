@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TONES = {"fits": "good", "tight": "warn", "does not fit": "bad", "cannot run": "bad"}
 """Verdict -> how it looks."""
+_SIZES = {"batch": "samples a micro-batch", "seq": "tokens a sample", "image": "pixels a side of an image"}
 _LIMITS = {
     "memory": "the next size up does not fit",
     "model": "the model takes no larger one",
@@ -240,7 +241,7 @@ def _largest(report: PlanReport) -> Section:
             for found in report.largest]  # fmt: skip
     return Section(
         name="largest",
-        title="Largest that fits with this plan, one size at a time",
+        title="Largest that fits with this plan, one size raised at a time",
         headings=("size", "up to", "peak", "then"),
         rows=tuple(rows),
         numeric=frozenset({1, 2}),

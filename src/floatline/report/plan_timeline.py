@@ -143,7 +143,7 @@ def fullest(curves: dict[str, tuple[int, ...]], peak: int, count: int) -> list[i
     """Return about `count` places of a curve: of each stretch the one where most is alive, the ends, and the peak.
 
     >>> fullest({"a": (0, 5, 1, 2, 9, 3), "b": (0, 0, 7, 0, 0, 0)}, 4, 3)
-    [0, 2, 4, 5]
+    [0, 1, 2, 4, 5]
     """
     total = [sum(values) for values in zip(*curves.values())]
     size = max(1, -(-len(total) // count))
