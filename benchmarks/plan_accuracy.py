@@ -8,9 +8,9 @@
     error    traced / real - 1
     s        seconds to trace, imports of the model's code included; rows run side by side, one thread each
 
-Each row is a process of its own, forked from one that has imported torch and transformers and has run nothing: what one
-row leaves behind cannot be freed in another's measurement. The record begins before the model is built, so the model and
-its batch count as the allocator sees them.
+Each row is a process of its own, forked from one that has imported torch and transformers and has run nothing: what
+one row leaves behind cannot be freed in another's measurement. The record begins before the model is built, so the
+model and its batch count as the allocator sees them.
 
 A row that cannot be traced, or not be trained, is a failure and is listed as such.
 """

@@ -1,7 +1,7 @@
 """The models of benchmarks/plan_accuracy.py: many families, large enough that activations and states both matter.
 
 Those of transformers come from their configs, a few layers deep; the others are plain torch, each with a habit that a
-prediction could stumble over: masks as indices, values that are read, gradients of its own, weights made anew each step.
+prediction could stumble over: masks as indices, values that are read, own gradients, weights made anew each step.
 """
 
 from __future__ import annotations
@@ -470,12 +470,9 @@ class Spectral(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        for weight in self.weight:
-            x = x + F.gelu(
-                torch.fft.irfft2(
-                    torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight), s=x.shape[-2:], norm="ortho"
-                )
-            )
+        for weight in torch.view_as_complex(self.weight):
+            waves = torch.fft.rfft2(x, norm="ortho") * weight
+            x = x + F.gelu(torch.fft.irfft2(waves, s=x.shape[-2:], norm="ortho"))
         return self.out(x)  # type: ignore[no-any-return]
 
 

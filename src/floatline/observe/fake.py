@@ -110,7 +110,8 @@ class Faking(TorchDispatchMode):
             return func(*args, **kwargs)
         except _VALUES_UNKNOWN:
             raise ModelError(
-                f"{func} makes a result whose shape depends on values that are not known before training{where() or ''}",
+                f"{func} makes a result whose shape depends on values that are not known before training"
+                f"{where() or ''}",
                 hint="plan a variant of the model whose shapes are fixed, or give that tensor as an integer input",
             ) from None
         except UnsupportedOperatorException:
@@ -136,7 +137,7 @@ class Faking(TorchDispatchMode):
         return bool(self._overwritten) and value.untyped_storage()._cdata in self._overwritten
 
     def _after_writing(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        """Note which real tensors fake values went into; the result is the tensor itself, not a fake stand-in for it."""
+        """Note which real tensors fake values went into; the result is the tensor itself, not a stand-in for it."""
         places = enumerate(func._schema.arguments)
         taken = [
             args[place] if place < len(args) else kwargs.get(argument.name)
@@ -176,9 +177,9 @@ class Faking(TorchDispatchMode):
 @contextmanager
 def faking(make: Callable[[FakeTensorMode], Faking] = Faking) -> Iterator[Faking]:
     """Enter the fake mode and the mode above it; random numbers of the process are as before afterwards."""
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
-        with make(fake_mode) as mode, _taught(mode):
-            yield mode
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.random.fork_rng(devices=[]), fake_mode, make(fake_mode) as mode, _taught(mode):
+        yield mode
 
 
 @contextmanager
@@ -189,7 +190,7 @@ def _taught(mode: Faking) -> Iterator[None]:
     copy.deepcopy   copies the storage beside the tensor, and views of the copy lie in memory of their own ever after
                     (`nn.TransformerEncoder` copies its layers); a clone does what is meant.
     """
-    taught = {"numpy": lambda self, *, force=False: values.array(mode, self), "__deepcopy__": _deepcopy}
+    taught: dict[str, Any] = {"numpy": lambda self, *, force=False: values.array(mode, self), "__deepcopy__": _deepcopy}
     before = {name: FakeTensor.__dict__.get(name) for name in taught}
     for name, method in taught.items():
         setattr(FakeTensor, name, method)

@@ -23,10 +23,7 @@ def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.M
     Raises:
         ModelError: The factory fails on fake tensors.
     """
-    if isinstance(model, nn.Module):
-        made = _copied(model, mode)
-    else:
-        made = _built(model)
+    made = _copied(model, mode) if isinstance(model, nn.Module) else _built(model)
     fake_parameters(made, mode)
     return made
 

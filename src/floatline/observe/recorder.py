@@ -10,7 +10,7 @@ that holds it a release (`weakref.finalize` on the storage). Where in the progra
               a forward leaves alive for the backward is an activation
 
 What kernels allocate inside of an op and free again (scratch/) is recorded as a workspace around its results. A
-sum of two gradients takes over the memory of the first where autograd would have added in place (inplace.py).
+sum of two gradients takes over the memory of the first where autograd would have added in place (accumulate.py).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from floatline.observe.accumulate import engine_alone, grows_in_place
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking
-from floatline.observe.inplace import adds_gradients
 from floatline.observe.real import tensors_in
 from floatline.observe.scratch import NOTHING, Scratch
 from floatline.techniques.placement import allocates_on_host, allocates_within_kernel
@@ -66,20 +66,19 @@ class Recorder(Faking):
         self._made_by: dict[int, str] = {}  # number of an autograd node -> module
         self._gradients_of: nn.Module | None = None
         self._settled = 0
-        self._sum: tuple[int, int] | None = None  # addresses of a first gradient, and of the sum just made
         self._finished = False
         self.vocabulary = 0
+        self._alone = engine_alone()
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         phase, module = self._place()
         name = func._schema.name.replace("::", ".")
+        if grows_in_place(func, args, kwargs, self._alone):
+            self._takes_over(args[0], out)
         elsewhere = func.is_view or allocates_within_kernel() or allocates_on_host()
         need = NOTHING if elsewhere else self.scratch(func, args, kwargs, out)
-        self._sum = None
         for place, tensor in enumerate(tensors_in(out)):
             self._born(tensor, name, phase, module, need.storages[place] if need.storages else 0)
-        if phase is Phase.BACKWARD and adds_gradients(func, args):
-            self._sum = (args[0].untyped_storage()._cdata, out.untyped_storage()._cdata)
         if func.is_view:
             return
         if need.extra:
@@ -138,6 +137,14 @@ class Recorder(Faking):
         self._numbers[address] = number
         weakref.finalize(storage, self._died, address).atexit = False
 
+    def _takes_over(self, earlier: torch.Tensor, later: torch.Tensor) -> None:
+        """The memory of a tensor that is about to die becomes that of another."""
+        number = self._numbers.pop(earlier.untyped_storage()._cdata, None)
+        if number is not None:
+            storage = later.untyped_storage()
+            self._numbers[storage._cdata] = number
+            weakref.finalize(storage, self._died, storage._cdata).atexit = False
+
     def _category(self, tensor: torch.Tensor, phase: Phase) -> Category:
         """Return what a storage seems to be for when it is born."""
         if phase is Phase.FORWARD or (phase is Phase.BACKWARD and len(self.modules) > 1):  # or computed again
@@ -147,21 +154,9 @@ class Recorder(Faking):
 
     def _died(self, address: int) -> None:
         number = self._numbers.pop(address, None)
-        if number is None or self._finished:
-            return
-        if self._sum is not None and self._sum[0] == address:
-            self._written_into(number)
-        else:
+        if number is not None and not self._finished:
             made = self.trace.storages[number]
             self._events_of(made).append((number, -made.nbytes))
-
-    def _written_into(self, number: int) -> None:
-        """A first gradient is dead as soon as the sum is there: the sum lies in its storage (inplace.py)."""
-        assert self._sum is not None
-        self.trace.storages[number] = self.trace.storages.pop()
-        self._events_of(self.trace.storages[number]).pop()
-        self._numbers[self._sum[1]] = number
-        self._sum = None
 
     def _events_of(self, made: Storage) -> list[tuple[int, int]]:
         return self.trace.host_events if made.host else self.trace.events

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from floatline.plan.estimate import Estimate
 from floatline.plan.probe import Probe
 
+MOST_MICRO_BATCHES = 64
+"""More save little: a 64th of the activations is left."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -53,9 +56,8 @@ class Rejected:
     reason: str
 
 
-def _half_of_the_logits(probe: Probe, last: Estimate) -> str:
-    held = last.categories.get("logits", 0) + 0
-    return "" if held else "no logits are held at the peak"
+def _logits(probe: Probe, last: Estimate) -> str:
+    return "" if last.categories.get("logits") else "no logits are held at the peak"
 
 
 def _rows(probe: Probe, last: Estimate) -> str:
@@ -80,6 +82,16 @@ def _state(probe: Probe, last: Estimate) -> str:
     return "" if last.states.get("optimizer state") else "the optimizer keeps no state"
 
 
+def most_micro_batches(rows: int) -> int:
+    """Return into how many micro-batches a batch is cut at most: a number that divides it, up to 64.
+
+    >>> most_micro_batches(32), most_micro_batches(96), most_micro_batches(97)
+    (32, 48, 64)
+    """
+    numbers = [number for number in range(2, min(rows, MOST_MICRO_BATCHES) + 1) if rows % number == 0]
+    return max(numbers, default=max(2, min(rows, MOST_MICRO_BATCHES)))
+
+
 def candidates(probe: Probe) -> list[Candidate]:
     """Return the rungs in the order in which they are tried.
 
@@ -90,8 +102,10 @@ def candidates(probe: Probe) -> list[Candidate]:
     eight_bit = "8-bit moments: updates differ slightly"
     return [
         Candidate(name="attention", text="attention", worth=lambda p, _: "" if p.eager else p.attention_note),
-        Candidate(name="chunked_loss", text="chunked_loss", worth=_half_of_the_logits),
-        Candidate(name="accumulation", text=f"accumulation(micro_batches={max(2, probe.rows)})", worth=_rows),
+        Candidate(name="chunked_loss", text="chunked_loss", worth=_logits),
+        Candidate(
+            name="accumulation", text=f"accumulation(micro_batches={most_micro_batches(probe.rows)})", worth=_rows
+        ),
         Candidate(name="low_bit_optimizer", text="low_bit_optimizer", worth=_adam, changes=eight_bit),
         Candidate(name="checkpointing", text="checkpointing(keep='matmul')", worth=_layers),
         Candidate(name="checkpointing", text="checkpointing", worth=_layers),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from floatline.errors import ConfigError
 from floatline.plan.estimate import Estimate
-from floatline.plan.ladder import Candidate, Rejected, Rung, candidates
+from floatline.plan.ladder import Candidate, Rejected, Rung, candidates, most_micro_batches
 from floatline.plan.probe import Probe
 from floatline.techniques import Technique, make_technique
 
@@ -116,7 +116,8 @@ def _widen(found: Found, attempt: Attempt, probe: Probe) -> None:
     if not any(rung.added.startswith("accumulation") and rung.kept for rung in found.ladder):
         return
     others = [technique for technique in found.techniques if technique.name != "accumulation"]
-    numbers = [number for number in range(1, probe.rows) if probe.rows % number == 0]
+    most = most_micro_batches(probe.rows)
+    numbers = [number for number in range(1, most) if probe.rows % number == 0]
     low, high = 0, len(numbers)  # numbers[high:] fit
     while low < high:
         middle = (low + high) // 2
