@@ -237,7 +237,7 @@ def _held(estimate: Estimate) -> Section:
 
 
 def _largest(report: PlanReport) -> Section:
-    rows = [(found.key, _value(found.value), bytes_text(found.peak_total), _LIMITS.get(found.limited_by, ""))
+    rows = [(_SIZES.get(found.key, found.key), _value(found.value), bytes_text(found.peak_total), _LIMITS.get(found.limited_by, ""))
             for found in report.largest]  # fmt: skip
     return Section(
         name="largest",
@@ -287,7 +287,7 @@ def comparison_section(comparison: Comparison) -> Section:
         headings=("GPU", "memory", "precision", "plain step", "verdict", "needs", "with", "update"),
         rows=tuple(_gpu(row) for row in comparison.rows),
         numeric=frozenset({1, 3, 5, 7}),
-        hint="The plain step is the peak without techniques; the update's time is a roofline model, for comparing.",
+        hint="Techniques by name; plan for one GPU to see their settings. Times are a roofline model, for comparing.",
     )
 
 
@@ -303,6 +303,6 @@ def _gpu(row: Row) -> tuple[str, ...]:
         bytes_text(plan.ladder[0].estimate.fit.needed),
         plan.verdict,
         bytes_text(plan.estimate.fit.needed),
-        ", ".join(plan.techniques) or DASH,
+        ", ".join(text.partition("(")[0] for text in plan.techniques) or DASH,
         seconds_text(plan.estimate.time.seconds),
     )
