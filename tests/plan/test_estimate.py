@@ -115,3 +115,20 @@ def test_a_module_is_not_touched():
     estimate(work, "t4")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attention_that_falls_back_is_told_with_the_reason():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.kv = nn.Linear(64, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            q = self.q(x).view(2, 16, 4, 16).transpose(1, 2)
+            k = v = self.kv(x).view(2, 16, 2, 16).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).square().mean()
+
+    work = fl.Workload(model=Grouped, batch=lambda: (torch.ones(2, 16, 64),))
+    (note,) = estimate(work, "t4").notes
+    assert "math kernel" in note and "efficient: it needs the same batch and heads" in note
+    assert estimate(work, "a100-40gb").notes == ()

@@ -23,7 +23,7 @@ from floatline.observe.fake import faking
 from floatline.observe.fake_model import fake_batch, fake_model
 from floatline.observe.recorder import Recorder, module_names
 from floatline.observe.scratch import scratch_of
-from floatline.observe.target import on_target
+from floatline.observe.target import Choice, on_target
 from floatline.precision import Policy, apply_precision
 from floatline.precision import resolve as resolve_precision
 from floatline.precision.apply import TARGET_NAMES
@@ -99,12 +99,19 @@ def _recording(hardware: Hardware) -> Iterator[Recorder]:
         scratch = scratch_of(hardware)
         recorder = stack.enter_context(faking(lambda mode: Recorder(mode, scratch)))
         assert isinstance(recorder, Recorder)
-        stack.enter_context(on_target(hardware))
+        taken = stack.enter_context(on_target(hardware))
         stack.enter_context(watching(recorder))
         if torch.distributed.is_initialized():
             stack.enter_context(leaving_out_shadows())
         yield recorder
         recorder.trace.assumptions = list(recorder.assumptions)
+        recorder.trace.notes += [_told(choice) for choice in taken if choice.name == "math" and choice.reasons]
+
+
+def _told(choice: Choice) -> str:
+    """Return why attention stores the matrix of all pairs of tokens: what a user would want to change."""
+    why = "; ".join(choice.reasons)
+    return f"attention falls back to the {choice.name} kernel, which keeps all pairs of tokens: {why}"
 
 
 def _built_batch(work: Workload) -> Any:

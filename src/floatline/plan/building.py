@@ -22,8 +22,10 @@ LAYER_DROP = frozenset({"layerdrop", "encoder_layerdrop", "decoder_layerdrop"})
 """Keys of the chance that a layer is skipped in an update. A plan counts the update in which none is."""
 
 
-def model_factory(cls: Any, config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """Return a factory of the model that `config` describes, without a cache of keys and values.
+def model_factory(
+    cls: Any, config: Any, dtype: torch.dtype, *, attention: str | None = None, cache: bool = False
+) -> Callable[[], nn.Module]:
+    """Return a factory of the model that `config` describes.
 
     No layer is skipped at random (layer drop), so that the largest update is the one that is planned.
 
@@ -31,13 +33,17 @@ def model_factory(cls: Any, config: Any, dtype: torch.dtype) -> Callable[[], nn.
         cls: A transformers model class.
         config: Its config; each model gets a copy of its own.
         dtype: Format of the weights.
+        attention: transformers' `attn_implementation`; None leaves the choice to transformers.
+        cache: Leave the cache of keys and values as the config has it; else it is off.
 
     Raises:
         ModelError: By the factory, where the config contradicts itself or the class needs a package.
     """
 
+    given: dict[str, Any] = {"attention": attention, "cache": cache}
+
     def build() -> nn.Module:
-        return _without_values(cls, config, dtype) if faked() else _plain(cls, config, dtype)
+        return _without_values(cls, config, dtype, **given) if faked() else _plain(cls, config, dtype, **given)
 
     return build
 
@@ -65,15 +71,16 @@ def faked() -> bool:
     return isinstance(torch.empty(1 << 20), FakeTensor)
 
 
-def _plain(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+def _plain(cls: Any, config: Any, dtype: torch.dtype, attention: str | None = None, cache: bool = False) -> nn.Module:
     own = deepcopy(config)
-    for part in (own, text_config(own)):
+    for part in () if cache else (own, text_config(own)):
         part.use_cache = False
     for key in LAYER_DROP & set(vars(own)):
         setattr(own, key, 0.0)
     _fill_tokens(own, cls)
     try:
-        model: nn.Module = cls._from_config(own, dtype=dtype)
+        kernel = {} if attention is None else {"attn_implementation": attention}
+        model: nn.Module = cls._from_config(own, dtype=dtype, **kernel)
     except (ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
@@ -83,11 +90,11 @@ def _plain(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     return model.train()
 
 
-def _without_values(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+def _without_values(cls: Any, config: Any, dtype: torch.dtype, **given: Any) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model: Any = _plain(cls, config, dtype)
+        model: Any = _plain(cls, config, dtype, **given)
     model.tie_weights()  # transformers ties where it initialises, so skipping one skips the other
     return model
 

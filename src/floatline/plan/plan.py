@@ -48,6 +48,7 @@ class Plan:
         advice: Where nothing fits: what would.
         probe: Facts about the model.
         trials: How many estimates were made.
+        ranks: For how many processes that train together.
     """
 
     hardware: Hardware
@@ -61,6 +62,7 @@ class Plan:
     probe: Probe
     trials: int
     max_grad_norm: float | None = field(default=1.0, repr=False)
+    ranks: int = 1
 
     @property
     def verdict(self) -> str:
@@ -137,7 +139,7 @@ class Trials:
     ) -> Estimate:
         """Return the estimate with these techniques, on the plan's device or another."""
         hardware, precision = hardware or self.hardware, precision or self.precision
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        ranks = _ranks()
         key = (" ".join(sorted(map(str, techniques))), hardware.name, str(precision), ranks)
         if key not in self.known:
             names = ", ".join(make_technique(technique).name for technique in techniques) or "the plain step"
@@ -205,7 +207,12 @@ def plan(
         probe=facts,
         trials=len(trials.known),
         max_grad_norm=max_grad_norm,
+        ranks=_ranks(),
     )
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -27,6 +27,8 @@ class Probe:
         parameters: Their number, shared ones once.
         trainable: How many of them train.
         layers: How many repeated layers it has.
+        layer_classes: Their class names.
+        samples: Rows of an update; of a list of micro-batches those of all.
         rows: Of the batch.
         optimizer: Class name.
         adam: It is torch's Adam or AdamW.
@@ -43,6 +45,8 @@ class Probe:
     adam: bool
     eager: bool
     attention_note: str
+    layer_classes: tuple[str, ...] = ()
+    samples: int = 1
 
 
 def probe(work: Workload) -> Probe:
@@ -56,13 +60,16 @@ def probe(work: Workload) -> Probe:
         optimizer = work.build_optimizer(model)
         with _disable_current_modes(), unset_fake_temporarily():
             batch = work.build_batch()
+        layers = repeated_layers(model)
         implementations = attention_hf.implementations(model)
         return Probe(
             model=type(model).__name__,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-            layers=len(repeated_layers(model)),
+            layers=len(layers),
+            layer_classes=tuple(dict.fromkeys(type(layer).__name__ for layer in layers.values())),
             rows=_rows(batch),
+            samples=sum(map(rows_of, batch)) if isinstance(batch, list) else rows_of(batch),
             optimizer=type(optimizer).__name__,
             adam=isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW),
             eager="eager" in implementations,

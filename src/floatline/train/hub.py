@@ -142,7 +142,7 @@ def load_model(path: str, dtype: str, attention: str | None = None) -> nn.Module
     Raises:
         ModelError: Nothing there, an unknown architecture, damaged weights, or weights missing from the files.
     """
-    transformers = require_transformers()
+    require_transformers()
     _check_place(path)
     if holds_adapter(path):
         raise ModelError(
@@ -150,23 +150,51 @@ def load_model(path: str, dtype: str, attention: str | None = None) -> nn.Module
             hint="merge them into their base model first: floatline.train.merge_checkpoint(path, target)",
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        image_text = transformers.AutoModelForImageTextToText
-        auto = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
+        auto, _ = _auto_class(path)
         model, info = auto.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise many types for one thing: it cannot be loaded
-        raise ModelError(
-            f"no model can be loaded from {path}: {_first_line(error)}",
-            hint="model.path must hold config.json and weights (safetensors) of a vision-language or causal model",
-        ) from error
+        raise _cannot_load(path, error) from error
     if info["missing_keys"]:
         raise ModelError(
             f"{path} lacks {len(info['missing_keys'])} weights, e.g. {sorted(info['missing_keys'])[0]}",
             hint="the files are incomplete; download or save the model again",
         )
     return model
+
+
+def describe_model(path: str) -> tuple[Any, Any]:
+    """Return the class and the config of the model that `load_model` would load; weights are not read.
+
+    Raises:
+        ModelError: Nothing there, or an unknown architecture.
+    """
+    require_transformers()
+    _check_place(path)
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    try:
+        auto, config = _auto_class(path)
+        if type(config) not in auto._model_mapping:
+            raise ValueError(f"{type(config).__name__} is no vision-language or causal model's")
+        return _get_model_class(config, auto._model_mapping), config
+    except Exception as error:  # as in load_model
+        raise _cannot_load(path, error) from error
+
+
+def _auto_class(path: str) -> tuple[Any, Any]:
+    transformers = require_transformers()
+    config = transformers.AutoConfig.from_pretrained(path)
+    image_text = transformers.AutoModelForImageTextToText
+    return image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM, config
+
+
+def _cannot_load(path: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"no model can be loaded from {path}: {_first_line(error)}",
+        hint="model.path must hold config.json and weights (safetensors) of a vision-language or causal model",
+    )
 
 
 def holds_adapter(path: str | Path) -> bool:

@@ -65,9 +65,13 @@ def refuse_other_recipe(manifest: Manifest, recipe: dict[str, Any]) -> None:
 
 
 def with_free_keys(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored resolved recipe with the free settings that the user gives now."""
+    """Return the stored resolved recipe with the free settings that the user gives now.
+
+    With `memory: auto` the techniques of the first start's plan stay as well, unless others of their name are given.
+    """
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
-    techniques = with_free_techniques(stored.get("techniques", {}), asked.get("techniques", {}))
+    before, now = stored.get("techniques", {}), asked.get("techniques", {})
+    techniques = with_free_techniques(before, {**before, **now} if asked.get("memory") == "auto" else now)
     for key, value in flatten(asked).items():
         if _is_free(key) and value is not None and not key.startswith("techniques."):
             section, name = key.split(".")

@@ -98,6 +98,9 @@ class Recipe(Section):
     data: DataSection
     precision: str = Field("auto", description="a policy: auto, bf16-mixed, '16-mixed; lm_head=32', ...")
     hardware: str = Field("auto", description="whose rules apply: auto (this machine), cpu, t4, a100-40gb, ...")
+    memory: Literal["auto"] | None = Field(
+        None, description="auto plans before training and adds the techniques with which the run fits; null adds none"
+    )
     techniques: dict[str, Any] = Field(
         {}, description="technique: its settings; true takes the defaults, null or false leaves it out"
     )

@@ -1,6 +1,7 @@
 """The run directory: one run, one writer, everything in plain files.
 
     recipe.yaml      the resolved recipe, which runs the same again
+    plan.json        with memory: auto, the plan it was chosen by (memory.py)
     run.json         status, machine, versions, automatic choices with reasons, data counts, result
     metrics.jsonl    one line an update, an evaluation or a fault
     samples.jsonl    answers of the last generation

@@ -30,14 +30,16 @@ from floatline.train.checkpoint import (
     set_damaged_aside,
     step_of,
 )
-from floatline.train.data import Collator, Sample, SampleDataset, SampleEncoder, load_samples, make_loader
+from floatline.train.data import Sample, SampleDataset, SampleEncoder, load_samples, make_loader
 from floatline.train.data.lengths import padding_of, token_lengths
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
-from floatline.train.hub import holds_adapter, load_model, load_processor, model_files
+from floatline.train.hub import holds_adapter, load_model, model_files
 from floatline.train.identity import fingerprint, has_checkpoints, note_base, refuse_changed_data, with_free_keys
 from floatline.train.launch import refuse_uneven_batch
 from floatline.train.manifest import Manifest
+from floatline.train.memory import choose_techniques, forget_plan
+from floatline.train.parts import collator_of, encoder_of, optimizer_of, pad_token_id
 from floatline.train.recipe import Recipe, parse_recipe
 from floatline.train.resolve import AutomaticChoice, Resolved, resolve_recipe
 from floatline.train.rundir import RunDirectory
@@ -75,7 +77,11 @@ def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say, 
     ranks = ranks or OneRank()
     asked = recipe.model_dump(mode="json")
     encoder, samples = ranks.together(lambda: _check(recipe, manifest, say, ranks))
-    resolved = ranks.on_first(lambda: _resolve(recipe, asked, rundir, manifest, len(samples["train"]), say))
+
+    def choose() -> tuple[Recipe, list[AutomaticChoice]]:
+        return choose_techniques(recipe, encoder, samples["train"], ranks.size, rundir, say)
+
+    resolved = ranks.on_first(lambda: _resolve(recipe, asked, rundir, manifest, len(samples["train"]), choose, say))
     return _build(resolved, encoder, samples, rundir, manifest, say, ranks)
 
 
@@ -85,10 +91,7 @@ def _check(
     refuse_uneven_batch(recipe, ranks)
     choice = resolve_precision(recipe.precision, resolve_hardware(recipe.hardware))
     Stack(recipe.make_techniques()).refuse(choice.policy, recipe.train.max_grad_norm)  # before data are read
-    processor = load_processor(recipe.model.path)
-    encoder = SampleEncoder(
-        processor, max_length=recipe.data.max_length, max_answer_tokens=recipe.data.max_answer_tokens
-    )
+    encoder = encoder_of(recipe)
     return encoder, _read_all(recipe, encoder, manifest, say)
 
 
@@ -118,14 +121,27 @@ def _read_all(recipe: Recipe, encoder: SampleEncoder, manifest: Manifest, say: S
 
 
 def _resolve(
-    recipe: Recipe, asked: dict[str, Any], rundir: RunDirectory, manifest: Manifest, train_samples: int, say: Say
+    recipe: Recipe,
+    asked: dict[str, Any],
+    rundir: RunDirectory,
+    manifest: Manifest,
+    train_samples: int,
+    choose: Callable[[], tuple[Recipe, list[AutomaticChoice]]],
+    say: Say,
 ) -> Resolved:
+    """Fill in what is open; `choose` adds what a plan says, where the recipe asks for one and the run is new."""
     resolved = resolve_recipe(recipe, train_samples=train_samples)
     stored = manifest.values.get("resolved")
     if stored and has_checkpoints(manifest):  # the choices of the first start stay, wherever it goes on
         kept = with_free_keys(stored, asked)
         resolved = resolve_recipe(parse_recipe(kept, str(rundir.path / "recipe.yaml")), train_samples=train_samples)
         resolved.choices = [AutomaticChoice(**choice) for choice in manifest.values.get("choices", [])]
+    else:
+        forget_plan(rundir)
+        if recipe.memory == "auto":
+            planned, choices = choose()
+            resolved = resolve_recipe(planned, train_samples=train_samples)
+            resolved.choices = choices + resolved.choices
     for choice in resolved.choices:
         say(f"{choice.key} = {choice.value}  ({choice.reason})")
     tree = resolved.recipe.model_dump(mode="json")
@@ -205,7 +221,7 @@ def _make_loader(
     """
     recipe = resolved.recipe
     bucketing: Any = step.stack.find("batching")
-    collate: Any = Collator(pad_token_id(encoder.tokenizer))
+    collate: Any = collator_of(encoder)
     micro_batch_size = recipe.train.micro_batch_size or recipe.train.batch_size
     lengths = token_lengths(dataset.samples, encoder) if bucketing is not None else None
     if lengths is not None:
@@ -263,11 +279,6 @@ def checkpoint_format(policy: Policy) -> str:
     return policy.base.weights if not policy.rules and not policy.base.master_weights else "fp32"
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """Return the padding token, or the end token where there is none (padding is masked anyway)."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
 def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
     """Return the TrainStep that a resolved recipe describes.
 
@@ -286,9 +297,7 @@ def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
 
     return TrainStep(
         model,
-        lambda parameters: torch.optim.AdamW(
-            parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
-        ),
+        optimizer_of(train),
         precision=resolved.policy,
         max_grad_norm=train.max_grad_norm,
         guard=Guard(**resolved.recipe.guard.model_dump()),

@@ -8,6 +8,7 @@ dropout and softmax, RMS norm, LSTMs, optimizers' foreach form. `workspaces` tel
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -38,11 +39,14 @@ __all__ = [
 
 
 @contextmanager
-def on_target(hardware: Hardware) -> Iterator[None]:
+def on_target(hardware: Hardware) -> Iterator[Counter[Choice]]:
     """Run what is inside by the rules of `hardware`: on CPU tensors, as it would run there on CUDA's.
 
     For a CPU it does nothing. Contexts nest; the innermost one's GPU counts, and each takes off exactly what it put on.
     The rules hold for the whole process, other threads included.
+
+    Yields:
+        How often attention took which kernel, and why not one before it in the order.
 
     >>> import torch
     >>> from floatline.hardware import lookup
@@ -50,12 +54,13 @@ def on_target(hardware: Hardware) -> Iterator[None]:
     ...     torch.ones(2, dtype=torch.float16).exp().dtype
     torch.float32
     """
+    taken: Counter[Choice] = Counter()
     with ExitStack() as stack:
         if hardware.kind == "cuda":
             stack.enter_context(cuda_autocast())
-            stack.enter_context(target_attention(hardware))
+            taken = stack.enter_context(target_attention(hardware))
             stack.enter_context(target_pointwise())
             stack.enter_context(target_norms())
             stack.enter_context(target_recurrent())
             stack.enter_context(target_optimizers())
-        yield
+        yield taken

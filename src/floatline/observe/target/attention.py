@@ -20,6 +20,7 @@ Source: ATen/native/transformers/attention.cpp of torch 2.13.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,20 +29,25 @@ import torch
 from torch.nn import functional as F
 
 from floatline.hardware import Hardware
-from floatline.observe.target.attention_choice import Call, chosen_kernel
+from floatline.observe.target.attention_choice import Call, Choice, chosen_kernel
 from floatline.observe.target.kernels import is_fake_cpu, kernels_on, own_body
 
 
 @contextmanager
-def target_attention(hardware: Hardware) -> Iterator[None]:
-    """Compute SDPA on fake CPU tensors by the kernel that `hardware` would choose, while the context is open."""
+def target_attention(hardware: Hardware) -> Iterator[Counter[Choice]]:
+    """Compute SDPA on fake CPU tensors by the kernel that `hardware` would choose, while the context is open.
+
+    Yields:
+        How often each kernel was taken, for which reasons.
+    """
     name = "scaled_dot_product_attention"
-    body = _body(hardware, own_body(name))
+    taken: Counter[Choice] = Counter()
+    body = _body(hardware, own_body(name), taken)
     with kernels_on("CompositeImplicitAutograd", {name: body}):
-        yield
+        yield taken
 
 
-def _body(hardware: Hardware, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _body(hardware: Hardware, own: Callable[..., torch.Tensor], taken: Counter[Choice]) -> Callable[..., torch.Tensor]:
     def attention(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -57,9 +63,10 @@ def _body(hardware: Hardware, own: Callable[..., torch.Tensor]) -> Callable[...,
         if not is_fake_cpu(*inputs) or _left_to_torch(*inputs):
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         settings: dict[str, Any] = {"dropout": dropout_p, "causal": is_causal, "gqa": enable_gqa}
-        kernel = chosen_kernel(hardware, *inputs, attn_mask, **settings).name
+        choice = chosen_kernel(hardware, *inputs, attn_mask, **settings)
+        taken[choice] += 1
         call = Call(query=query, key=key, value=value, mask=attn_mask, **settings)
-        return _RUN[kernel](call, _additive(attn_mask, query.dtype), scale)
+        return _RUN[choice.name](call, _additive(attn_mask, query.dtype), scale)
 
     return attention
 
