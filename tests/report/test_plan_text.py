@@ -95,6 +95,13 @@ def test_settings_of_other_programs_instead_of_the_recipe() -> None:
     assert "The recipe's part" not in text
 
 
+def test_what_another_program_cannot_say_stands_below_its_settings() -> None:
+    gaps = {"trainer": {"chunked_loss": "use Floatline's step"}}
+    text = plan_text(replace(plans.report(), gaps=gaps), export="trainer")
+    assert text.endswith("# it has no setting for:\n# chunked_loss: use Floatline's step\n")
+    assert "# none: the plan does not shard" in plan_text(replace(plans.report(), settings={"fsdp": {}}), export="fsdp")
+
+
 def test_an_export_that_is_not_known() -> None:
     with pytest.raises(ConfigError, match="exported as 'trainr'") as raised:
         plan_text(plans.report(), export="trainr")

@@ -6,16 +6,16 @@ to see beside a plan: the table by component, and the largest sizes that still f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware, target
-from floatline.plan import export
 from floatline.plan.allocator import AllocatorSettings
 from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.export import accelerate_config, fsdp_config, not_expressible, trainer_arguments
 from floatline.plan.largest import Largest, largest
 from floatline.plan.plan import Plan, Progress, plan
 from floatline.plan.shape import Shape
@@ -25,8 +25,12 @@ from floatline.plan.traces import TraceCache
 from floatline.precision import resolve as resolve_precision
 from floatline.techniques import make_technique
 
-SETTINGS = {"trainer": "trainer_arguments", "accelerate": "accelerate_config", "fsdp": "fsdp_config"}
-"""What a plan can be exported as, and the function of export.py that does it."""
+SETTINGS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
+    "trainer": trainer_arguments,
+    "accelerate": accelerate_config,
+    "fsdp": fsdp_config,
+}
+"""What a plan can be exported as, and what does it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,7 @@ class PlanReport:
         table: (mode, precision) -> estimate of the plain step; empty where it was not asked for.
         largest: The largest sizes that fit; empty where it was not asked for.
         settings: The plan as other programs' settings: name -> keys and values.
+        gaps: What those programs cannot say of the plan: name -> what -> what to do instead.
     """
 
     source: Source
@@ -148,6 +153,7 @@ class PlanReport:
     table: Mapping[tuple[str, str], Estimate]
     largest: tuple[Largest, ...] = ()
     settings: Mapping[str, Mapping[str, Any]]
+    gaps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -167,6 +173,7 @@ class PlanReport:
             "table": [{"mode": mode, **found.as_dict()} for (mode, _), found in self.table.items()],
             "largest": [vars(found) for found in self.largest],
             "settings": dict(self.settings),
+            "settings_cannot_say": dict(self.gaps),
         }
 
 
@@ -236,6 +243,7 @@ def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -
         table={} if request.quick else component_table(source.work, hardware, progress),
         largest=() if request.quick else largest(source, decided, progress),
         settings=settings_of(decided),
+        gaps=not_expressible(decided),
     )
 
 
@@ -274,6 +282,4 @@ def planned(
 
 def settings_of(decided: Plan) -> dict[str, dict[str, Any]]:
     """Return a plan as the settings of other programs."""
-    return {
-        name: getattr(export, function)(decided) for name, function in SETTINGS.items() if hasattr(export, function)
-    }
+    return {name: function(decided) for name, function in SETTINGS.items()}

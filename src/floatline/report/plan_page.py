@@ -38,6 +38,7 @@ def plan_html(report: PlanReport) -> str:
         ConfigError: matplotlib or jinja2 is not installed.
     """
     verdict = report.estimate.verdict
+    filled = [name for name, settings in report.settings.items() if settings]
     return _page(
         title=f"{report.source.name} on {report.hardware.name}",
         verdict=(TONES[verdict], _MARKS[verdict], verdict),
@@ -47,7 +48,7 @@ def plan_html(report: PlanReport) -> str:
         plots=[timeline_plot(report.estimate)],
         sections=sections(report),
         lists=[("Notes", notes(report)), ("Assumed", list(report.estimate.assumptions))],
-        blocks=[block for block in (exported(report, name) for name in (None, *report.settings)) if block[1]],
+        blocks=[block for block in (exported(report, name) for name in (None, *filled)) if block[1]],
     )
 
 

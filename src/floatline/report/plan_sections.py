@@ -237,8 +237,15 @@ def _held(estimate: Estimate) -> Section:
 
 
 def _largest(report: PlanReport) -> Section:
-    rows = [(_SIZES.get(found.key, found.key), _value(found.value), bytes_text(found.peak_total), _LIMITS.get(found.limited_by, ""))
-            for found in report.largest]  # fmt: skip
+    rows = [
+        (
+            _SIZES.get(found.key, found.key),
+            _value(found.value),
+            bytes_text(found.peak_total),
+            _LIMITS.get(found.limited_by, ""),
+        )
+        for found in report.largest
+    ]
     return Section(
         name="largest",
         title="Largest that fits with this plan, one size raised at a time",

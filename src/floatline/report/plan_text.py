@@ -82,13 +82,17 @@ def exported(report: PlanReport, name: str | None) -> tuple[str, str]:
     if name not in report.settings:
         known = list(report.settings)
         raise ConfigError(f"a plan cannot be exported as {name!r}", hint=did_you_mean(name, known))
-    return TITLES.get(name, name), to_yaml(dict(report.settings[name]))
+    gaps = [f"# {what}: {instead}\n" for what, instead in report.gaps.get(name, {}).items()]
+    if gaps:
+        gaps.insert(0, "# it has no setting for:\n")
+    settings = dict(report.settings[name])
+    return TITLES[name], (to_yaml(settings) if settings else "# none: the plan does not shard\n") + "".join(gaps)
 
 
 TITLES = {
     "trainer": "transformers TrainingArguments",
     "accelerate": "accelerate config",
-    "fsdp": "FSDP settings of accelerate",
+    "fsdp": "FSDP2, fully_shard",
 }
 
 
