@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -45,6 +46,22 @@ def recipe_file(digits, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture
+def floatline(monkeypatch, capsys):
+    """Runs a command line in this process: importing transformers anew for each would take minutes."""
+    from floatline.cli import main
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["floatline", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 @pytest.fixture

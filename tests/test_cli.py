@@ -1,27 +1,9 @@
 """The command line: exit codes, streams, and one clear error for each mistake."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-
-
-@pytest.fixture
-def floatline(monkeypatch, capsys):
-    """Runs a command line in this process: importing transformers anew for each would take minutes."""
-    from floatline.cli import main
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["floatline", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
-
-    return run
 
 
 def fails(done, *texts, code=2):

@@ -1,7 +1,7 @@
 """The command line, thin: one function a command. Data goes to stdout, progress and logs to stderr.
 
-Exit codes: 0 fine, 1 the answer is "no" (a run stopped by its guard), 2 the user's mistake. Nothing heavy is imported
-before a command needs it, so `floatline --help` does not load torch.
+Exit codes: 0 fine, 1 the answer is "no" (a run stopped by its guard, a plan that does not fit), 2 the user's mistake.
+Nothing heavy is imported before a command needs it, so `floatline --help` does not load torch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from floatline.errors import FloatlineError
 
 if TYPE_CHECKING:
+    from floatline.plan.command import PlanReport, PlanRequest
+    from floatline.plan.side_by_side import Comparison
     from floatline.train.loop import RunResult
 
 app = typer.Typer(
@@ -127,6 +129,92 @@ def report(
         _print_json({"report": str(target), "runs": [str(path) for path in runs]})
     else:
         print(target)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Directory, config.json, hub id, module:function or bundled name.")],
+    hardware: Annotated[str, typer.Option(help="t4, a100-40gb ...; auto: this machine; all: side by side.")] = "auto",
+    seq: Annotated[int | None, typer.Option(help="Tokens a sample.")] = None,
+    image: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of an image in pixels.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images a sample.")] = None,
+    target: Annotated[int | None, typer.Option(help="Tokens a sample of a decoder beside an encoder.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of an audio sample.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a micro-batch; alone: of an update.")] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Samples of an update.")] = None,
+    task: Annotated[str | None, typer.Option(help="How to train, e.g. masked-lm; default: by its config.")] = None,
+    mode: Annotated[str, typer.Option(help="train or inference.")] = "train",
+    precision: Annotated[str, typer.Option(help="One to keep, e.g. 32-true; auto: the GPU's best.")] = "auto",
+    technique: Annotated[list[str] | None, typer.Option(help="One to keep, e.g. 'lora(rank=16)'; repeat it.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A technique not to use; repeat it.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Leave the numbers of training as they are.")] = False,
+    vram: Annotated[str | None, typer.Option(help="Memory of a GPU that is not listed, e.g. 24GiB.")] = None,
+    capability: Annotated[str | None, typer.Option(help="Its compute capability, e.g. 8.6.")] = None,
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="With this setting of torch's allocator.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="No component table, largest sizes or advice.")] = False,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture of the memory over one update to write.")] = None,
+    export: Annotated[str | None, typer.Option(help="Print settings of trainer, accelerate or fsdp.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a training run fits a GPU, with which techniques, and at what cost. No GPU is needed.
+
+    The real step runs on tensors without data. Exit code 0: it fits; 1: it does not, or only just.
+    """
+    from floatline.plan.command import PlanRequest
+    from floatline.plan.shape import Shape, parse_image
+    from floatline.report.plan_output import check_outputs
+
+    size = None if image is None else parse_image(image)
+    request = PlanRequest(
+        model=model,
+        hardware=hardware,
+        vram=vram,
+        capability=capability,
+        shape=Shape(seq=seq, target=target, image=size, images=images, seconds=seconds),
+        batch=batch,
+        global_batch=global_batch,
+        task=task,
+        mode=mode,
+        precision=precision,
+        techniques=tuple(technique or ()),
+        exclude=tuple(exclude or ()),
+        exact=exact,
+        expandable_segments=expandable_segments,
+        quick=quick,
+    )
+    check_outputs(request, out, png, export)
+    answer = _planned(request)
+    _show_plan(answer, out, png, export, as_json)
+    raise typer.Exit(0 if answer.fits else 1)
+
+
+def _planned(request: PlanRequest) -> PlanReport | Comparison:
+    from floatline.plan.command import answer
+    from floatline.plan.side_by_side import compare
+    from floatline.report.plan_progress import planning
+
+    with planning() as progress:
+        return compare(request, progress) if request.hardware == "all" else answer(request, progress)
+
+
+def _show_plan(
+    answer: PlanReport | Comparison, out: Path | None, png: Path | None, export: str | None, as_json: bool
+) -> None:
+    from floatline.report.plan_output import text_of, write_page, write_picture
+
+    text = text_of(answer, export)
+    if out is not None:
+        write_page(answer, out)
+    if png is not None:
+        write_picture(cast("PlanReport", answer), png)
+    written = [str(path) for path in (out, png) if path is not None]
+    if as_json:
+        _print_json({**answer.as_dict(), "written": written})
+    else:
+        print(text, *written, sep="\n", end="\n" if written else "")
 
 
 @app.command()

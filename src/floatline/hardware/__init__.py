@@ -1,6 +1,7 @@
 """What a device can do: the catalog of GPUs, this machine, and what is legal where."""
 
 from floatline.hardware.catalog import CATALOG, Hardware, lookup
+from floatline.hardware.described import target
 from floatline.hardware.detect import detect, resolve
 from floatline.hardware.legality import Verdict, attention_verdict, format_verdict
 
@@ -13,4 +14,5 @@ __all__ = [
     "format_verdict",
     "lookup",
     "resolve",
+    "target",
 ]

@@ -13,11 +13,11 @@ from typing import Any
 from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Category, Trace, peak_of
 from floatline.observe.target.workspaces import workspaces
-from floatline.observe.trace import trace
 from floatline.plan.allocator import AllocatorSettings, Replay, simulate
 from floatline.plan.fit import Fit, fit_of
 from floatline.plan.roofline import UpdateTime, assumptions, update_time
 from floatline.plan.timeline import Timeline, timeline_of
+from floatline.plan.traces import TraceCache
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Workload
@@ -113,6 +113,7 @@ def estimate(
     *,
     max_grad_norm: float | None = 1.0,
     allocator: AllocatorSettings | None = None,
+    traces: TraceCache | None = None,
     quick: bool = False,
 ) -> Estimate:
     """Predict the memory and time of one update, or one forward, without the GPU.
@@ -125,6 +126,7 @@ def estimate(
         mode: "train" or "inference".
         max_grad_norm: As for `TrainStep`.
         allocator: Settings of the caching allocator; None for torch's defaults.
+        traces: Traces of this workload to take from and to add to; None makes one anew.
         quick: Run one update instead of two, and take the second to go the same way.
 
     Returns:
@@ -144,15 +146,8 @@ def estimate(
     """
     hardware = resolve(hardware)
     made = [make_technique(technique) for technique in techniques]
-    seen = trace(
-        work,
-        hardware=hardware,
-        precision=precision,
-        techniques=made,
-        mode=mode,
-        max_grad_norm=max_grad_norm,
-        quick=quick,
-    )
+    kept = traces or TraceCache(work)
+    seen = kept.trace(hardware, precision, made, mode, max_grad_norm=max_grad_norm, quick=quick)
     policy = resolve_precision(precision, hardware).policy
     return summarize(seen, hardware, str(policy), tuple(map(str, made)), mode, allocator or AllocatorSettings())
 

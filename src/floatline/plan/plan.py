@@ -22,6 +22,7 @@ from floatline.plan.export import recipe_of
 from floatline.plan.ladder import Rejected, Rung
 from floatline.plan.probe import Probe, probe
 from floatline.plan.search import climb
+from floatline.plan.traces import TraceCache
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Workload
@@ -160,6 +161,7 @@ def plan(
     max_grad_norm: float | None = 1.0,
     allocator: AllocatorSettings | None = None,
     advice: bool = True,
+    traces: TraceCache | None = None,
     progress: Progress = lambda what, done: None,
 ) -> Plan:
     """Find the fastest combination of techniques with which `work` fits on `hardware`.
@@ -174,6 +176,7 @@ def plan(
         max_grad_norm: As for `TrainStep`.
         allocator: Settings of CUDA's caching allocator; None for torch's defaults.
         advice: Where nothing fits, look for what would (a larger GPU, more of them, adapters).
+        traces: Traces of this workload to take from and to add to; GPUs of one capability share them.
         progress: Called before each trial with what is tried and how many are done.
 
     Returns:
@@ -188,7 +191,7 @@ def plan(
     _check_names(exclude)
     choice = resolve_precision(precision, hardware)
     facts = probe(work)
-    settings = {"max_grad_norm": max_grad_norm, "allocator": allocator}
+    settings = {"max_grad_norm": max_grad_norm, "allocator": allocator, "traces": traces or TraceCache(work)}
     trials = Trials(work, hardware, choice.policy, settings, progress)
     found = climb(facts, trials, fixed, exclude, exact)
     pieces = advise(found, trials) if advice and not found.estimate.fit else ()

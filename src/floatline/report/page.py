@@ -7,18 +7,16 @@ paper is always light.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from floatline.errors import ConfigError, RunDirectoryError
+from floatline.errors import ConfigError
 from floatline.report.compare import Table, differences, labels, side_by_side
 from floatline.report.drawing import POINTS, Plot
 from floatline.report.gallery import CARDS, IMAGE_BUDGET, Card, gallery
+from floatline.report.html import render_template, write_whole
 from floatline.report.load import RunData
 from floatline.report.need import need
 from floatline.report.overlay import compare_plots
@@ -64,20 +62,8 @@ def write_html(runs: Sequence[RunData], path: str | Path) -> Path:
         ConfigError: `runs` is empty, or matplotlib or jinja2 is not installed.
         RunDirectoryError: The file cannot be written.
     """
-    path = Path(path)
     text = render_html(runs)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", errors="replace")  # JSON can hold half a character
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise RunDirectoryError(
-            f"cannot write {path}: {error.strerror}", hint="give a path you may write to, on a disk with room"
-        ) from error
-    return path
+    return write_whole(path, text.encode("utf-8", errors="replace"))  # JSON can hold half a character
 
 
 def render_html(runs: Sequence[RunData]) -> str:
@@ -94,20 +80,17 @@ def render_html(runs: Sequence[RunData]) -> str:
     """
     if not runs:
         raise ConfigError("there is no run to report", hint="give one or several run directories")
-    jinja2 = need("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    need("jinja2")  # said before anything is drawn
     several = len(runs) > 1
     points = max(POINTS // len(runs), 150)
     table: Table | None = side_by_side(runs) if several else None
-    return environment.from_string(_resource("page.html")).render(
+    return render_template(
+        "page.html",
         parts=[_part(index, label, run, len(runs)) for index, (label, run) in enumerate(zip(labels(runs), runs))],
         table=table,
         overlays=compare_plots(runs, points=points) if several else [],
         differences=differences(runs) if several else [],
         labels=labels(runs),
-        style=_resource("page.css"),
         title=runs[0].name if not several else f"{len(runs)} runs side by side",
     )
 
@@ -130,7 +113,3 @@ def _part(index: int, label: str, run: RunData, runs: int) -> RunPart:
         choices=choices_of(run),
         error=str(run.info.get("error") or ""),
     )
-
-
-def _resource(name: str) -> str:
-    return files("floatline.report").joinpath(name).read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ VARIABLES = {
 }
 DASHES: tuple[str, ...] = ("", "6 2.5", "2 2", "8 2.5 2 2.5")
 WIDE, NARROW = 5.2, 3.7
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "floatline",
     "font.size": 8.5,
@@ -62,14 +62,15 @@ def series_style(index: int) -> dict[str, Any]:
     return style | ({"dashes": [float(part) / 1.6 for part in dash.split()]} if dash else {})
 
 
-def render(name: str, paint: Callable[[Axes], None], *, alt: str, width: float = WIDE) -> str:
+def render(name: str, paint: Callable[[Axes], None], *, alt: str, width: float = WIDE, height: float = 2.5) -> str:
     """Draw one plot.
 
     Args:
         name: Short name, unique on the page: it keeps the ids of several drawings apart.
         paint: Draws on the axes it is given.
         alt: What the plot shows, for those who do not see it.
-        width: Inches at 2.5 high; the page scales it, so a narrower drawing has the larger letters.
+        width: Inches; the page scales it, so a narrower drawing has the larger letters.
+        height: Inches.
 
     Returns:
         An `<svg>` element to stand inside a page that defines the colour variables.
@@ -80,8 +81,8 @@ def render(name: str, paint: Callable[[Axes], None], *, alt: str, width: float =
     matplotlib = need("matplotlib")
     figure_module = need("matplotlib.figure")
     ticker = need("matplotlib.ticker")
-    with matplotlib.rc_context(_STYLE):
-        figure = figure_module.Figure(figsize=(width, 2.5), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = figure_module.Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
         axes.margins(x=0.01)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))

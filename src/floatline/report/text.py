@@ -5,10 +5,8 @@ What a model or a data file says may hold control characters, which a terminal w
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from floatline.errors import ConfigError
 from floatline.report.compare import differences, labels, side_by_side
@@ -16,17 +14,14 @@ from floatline.report.curves import finite
 from floatline.report.drawing import smoothed_loss
 from floatline.report.gallery import pick
 from floatline.report.load import RunData
+from floatline.report.paper import WIDTH, Paper
 from floatline.report.records import as_text
 from floatline.report.sections import splits, tiles
 from floatline.report.summary import choices_of, summarize, techniques_of, verdict
 from floatline.report.units import DASH, number_text
 
-WIDTH = 110
 LISTED = 8
 ABREAST = 4
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -49,52 +44,12 @@ def render_text(runs: Sequence[RunData], *, width: int = WIDTH) -> str:
     """
     if not runs:
         raise ConfigError("there is no run to report", hint="give one or several run directories")
-    out = _Paper(width)
+    out = Paper(width)
     if len(runs) > 1:
         _comparison(out, runs)
     else:
         _one(out, runs[0], labels(runs)[0])
     return out.text()
-
-
-class _Paper:
-    """Collects lines and tables, without colour, and with no control character but the line's end."""
-
-    def __init__(self, width: int) -> None:
-        import rich.console
-
-        self.file = io.StringIO()
-        plain: dict[str, Any] = {"color_system": None, "force_terminal": False}
-        plain |= {"highlight": False, "markup": False, "emoji": False}
-        self.console: Console = rich.console.Console(file=self.file, width=width, **plain)
-
-    def line(self, text: str = "") -> None:
-        self.console.print(clean(text))
-
-    def table(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for heading in headings:
-            table.add_column(clean(heading), overflow="fold")
-        for row in rows:
-            table.add_row(*(clean(cell) for cell in row))
-        self.line()
-        self.line(title)
-        self.console.print(table)
-
-    def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self.file.getvalue().splitlines()) + "\n"
-
-
-def clean(text: str) -> str:
-    """Return text on one line, in which nothing can command a terminal.
-
-    >>> clean("a\\tb\\x1b[31m")
-    'a b?[31m'
-    """
-    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -112,7 +67,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in picks)
 
 
-def _one(out: _Paper, run: RunData, label: str) -> None:
+def _one(out: Paper, run: RunData, label: str) -> None:
     summary = summarize(run)
     out.line(label)
     out.line(verdict(summary))
@@ -154,7 +109,7 @@ def _title(title: str, total: int) -> str:
     return f"{title} (first {LISTED} of {total})" if total > LISTED else title
 
 
-def _comparison(out: _Paper, runs: Sequence[RunData]) -> None:
+def _comparison(out: Paper, runs: Sequence[RunData]) -> None:
     table = side_by_side(runs)
     out.line(f"{len(runs)} runs side by side")
     rows = [[cell.text + (" *" if cell.best else "") for cell in row] for row in table.rows]

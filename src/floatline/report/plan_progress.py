@@ -1,0 +1,51 @@
+"""What a person sees while a plan is made: a moving bar on a terminal, a line now and then elsewhere. All on stderr.
+
+How many trials a search takes is not known before, so the bar says what is tried and how long it has taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_EVERY = 2.0
+"""Seconds between two lines where there is no terminal."""
+
+
+@contextmanager
+def planning(console: Console | None = None) -> Iterator[Callable[[str, int], None]]:
+    """Show what is tried while the context is active; what it yields is a plan's `progress`.
+
+    Args:
+        console: Where to; None is stderr.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    bar = Progress(TextColumn("plan"), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"),
+                   console=console, transient=True, refresh_per_second=4)  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done: bar.update(task, description=_plain(what))
+
+
+def _plain(what: str) -> str:
+    return what.replace("[", r"\[")
+
+
+def _lines(console: Console) -> Callable[[str, int], None]:
+    begun = time.monotonic()
+    told = [0.0]
+
+    def show(what: str, done: int) -> None:
+        now = time.monotonic()
+        if now >= told[0]:
+            told[0] = now + _EVERY
+            console.print(f"plan: {what} ({now - begun:.0f} s)", highlight=False, markup=False, soft_wrap=True)
+
+    return show
