@@ -98,7 +98,8 @@ class Recorder(Faking):
             model, self._gradients_of = self._gradients_of, None
             self.enroll_gradients(model)
         if torch.is_grad_enabled():
-            self._made_by[torch.autograd._get_sequence_nr() - 1] = self.modules[-1]
+            newest = torch.autograd._get_sequence_nr() - 1  # the first op that sees a node is the one that it is of
+            self._made_by.setdefault(newest, self.modules[-1])
         return self.phase, self.modules[-1]
 
     def begin(self, update: int) -> None:
@@ -239,7 +240,15 @@ class Recorder(Faking):
         self.enroll((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), Category.INPUT)
 
     def enroll_gradients(self, model: nn.Module) -> None:
-        self.enroll([p.grad for p in model.parameters() if p.grad is not None], Category.GRADIENT)
+        """Gradients belong to the modules that own the parameters, whichever op added them up."""
+        for name, module in model.named_modules():
+            gradients = [p.grad for p in module._parameters.values() if p is not None and p.grad is not None]
+            for gradient in gradients:
+                self.enroll([gradient], Category.GRADIENT)
+                for part in plain_parts(gradient):
+                    number = self.number_of(part)
+                    if number is not None:
+                        self.trace.storages[number].module = name
 
     def enroll_state(self, optimizer: torch.optim.Optimizer) -> None:
         states = (value for state in optimizer.state.values() for value in state.values())

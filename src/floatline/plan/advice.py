@@ -80,14 +80,17 @@ def _adapter(found: Found, attempt: Callable[..., Estimate]) -> Advice | None:
     if any(technique.name in ("lora", "freezing") for technique in found.techniques):
         return None
     others = [t for t in found.techniques if t.name not in ("optimizer_offload", "low_bit_optimizer")]
-    for rank in RANKS:
+    fits: Advice | None = None
+    for rank in (max(RANKS), min(RANKS), *sorted(RANKS[1:-1])):  # where the smallest does not fit, none does
         techniques = [*others, make_technique("lora", {"rank": rank})]
         estimate = _tried(attempt, techniques)
-        if estimate is None:
+        if estimate is None or (rank == min(RANKS) and not estimate.fit):
             return None
         if estimate.fit:
-            return _piece("adapter", f"LoRA of rank {rank} on the frozen model", techniques, estimate)
-    return None
+            fits = _piece("adapter", f"LoRA of rank {rank} on the frozen model", techniques, estimate)
+        if fits and rank != min(RANKS):
+            return fits
+    return fits
 
 
 def _tried(attempt: Callable[..., Estimate], techniques: Sequence[Technique], **changes: Any) -> Estimate | None:

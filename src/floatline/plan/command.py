@@ -233,15 +233,21 @@ def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -
     source = load(request)
     if request.mode == "inference":
         return _inference(request, source, hardware, progress)
-    decided = planned(request, source, hardware, TraceCache(source.work), progress)
+    traces = TraceCache(source.work)
+    decided = planned(request, source, hardware, traces, progress)
+    table = (
+        {}
+        if request.quick
+        else component_table(source.work, hardware, progress, allocator=request.allocator, traces=traces)
+    )
     return PlanReport(
         source=source,
         hardware=hardware,
         estimate=decided.estimate,
         precision_reason=decided.precision_reason,
         plan=decided,
-        table={} if request.quick else component_table(source.work, hardware, progress),
-        largest=() if request.quick else largest(source, decided, progress),
+        table=table,
+        largest=() if request.quick else largest(source, decided, progress, allocator=request.allocator),
         settings=settings_of(decided),
         gaps=not_expressible(decided),
     )
@@ -255,7 +261,7 @@ def _inference(request: PlanRequest, source: Source, hardware: Hardware, progres
         precision, reason = request.precision, resolve_precision(request.precision, hardware).reason
     progress(f"inference on {hardware.name}", 0)
     found = estimate(source.work, hardware, precision, mode="inference", allocator=request.allocator)
-    table = {} if request.quick else component_table(source.work, hardware, progress)
+    table = {} if request.quick else component_table(source.work, hardware, progress, allocator=request.allocator)
     return PlanReport(
         source=source, hardware=hardware, estimate=found, precision_reason=reason, table=table, settings={}
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from floatline.errors import ConfigError, ModelError
+from floatline.plan.allocator import AllocatorSettings
 from floatline.plan.estimate import Estimate, estimate
 from floatline.plan.fit import Fit
 from floatline.plan.plan import Plan
@@ -45,7 +46,11 @@ class Largest:
 
 
 def largest(
-    source: Source, plan: Plan, progress: Callable[[str, int], None] = lambda what, done: None
+    source: Source,
+    plan: Plan,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+    *,
+    allocator: AllocatorSettings | None = None,
 ) -> tuple[Largest, ...]:
     """Return the largest sizes that fit with a plan's precision and techniques, those that apply to the model.
 
@@ -53,10 +58,11 @@ def largest(
         source: The model, in the shape that was planned.
         plan: A plan that fits; without one the result is empty.
         progress: Called before each trial.
+        allocator: Settings of the caching allocator; None for torch's defaults.
     """
     if not plan.fits:
         return ()
-    techniques, shape = _one_micro_batch(plan, source.shape)
+    techniques, shape, cuts = _micro_batch(plan, source.shape)
     known: dict[Shape, Estimate | None] = {}
 
     def attempt(key: str, value: int) -> Estimate | None:
@@ -64,9 +70,9 @@ def largest(
         if asked not in known:
             progress(f"{key} {value}", len(known))
             try:
-                work = source.reshaped(asked).work
+                work = source.reshaped(replace(asked, batch=cuts * (asked.batch or 1))).work
                 known[asked] = estimate(work, plan.hardware, plan.precision, techniques, quick=True,
-                                        max_grad_norm=plan.max_grad_norm)  # fmt: skip
+                                        max_grad_norm=plan.max_grad_norm, allocator=allocator)  # fmt: skip
             except (ConfigError, ModelError):  # the model takes no such size
                 known[asked] = None
         return known[asked]
@@ -80,12 +86,17 @@ def largest(
     return tuple(piece for piece in found if piece is not None)
 
 
-def _one_micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape]:
-    """Take accumulation off: what is asked is how large one micro-batch may be."""
+def _micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape, int]:
+    """Return techniques, the shape of one micro-batch, and how many to run: what is asked is how large one may be.
+
+    With accumulation two are run, for the second one meets the gradients of the first.
+    """
     techniques = [make_technique(text) for text in plan.techniques]
     others = [technique for technique in techniques if technique.name != "accumulation"]
+    if plan.estimate.micro_batches == 1:
+        return others, shape, 1
     rows = -(-(shape.batch or 1) // plan.estimate.micro_batches)
-    return others, replace(shape, batch=rows)
+    return [*others, make_technique("accumulation", {"micro_batches": 2})], replace(shape, batch=rows), 2
 
 
 def _with(shape: Shape, key: str, value: int) -> Shape:

@@ -54,16 +54,17 @@ def climb(probe: Probe, attempt: Attempt, fixed: Sequence[Technique], exclude: S
     bottom = attempt(fixed)
     found = Found(list(fixed), bottom, [Rung(added="", estimate=bottom, saved=0, slowdown=1.0)])
     taken = {technique.name for technique in fixed}
-    for candidate in candidates(probe):
-        if found.estimate.fit:
-            break
-        if candidate.name in taken:
-            continue
-        reason = _excluded(candidate, exclude, exact) or candidate.worth(probe, found.estimate)
-        if reason:
-            _reject(found, candidate.name, reason)
-            continue
-        _try(found, candidate, attempt)
+    for again in (False, True):  # what saved nothing may save now that the peak lies elsewhere
+        for candidate in candidates(probe):
+            if found.estimate.fit:
+                break
+            if candidate.name in taken or (again and candidate.name in {used.name for used in found.techniques}):
+                continue
+            reason = _excluded(candidate, exclude, exact) or candidate.worth(probe, found.estimate)
+            if reason:
+                _reject(found, candidate.name, reason)
+            else:
+                _try(found, candidate, attempt, again)
     if found.estimate.fit:
         _prune(found, attempt, len(fixed))
         _widen(found, attempt, probe)
@@ -77,7 +78,7 @@ def _excluded(candidate: Candidate, exclude: Sequence[str], exact: bool) -> str:
     return f"changes the numbers ({candidate.changes})" if exact and candidate.changes else ""
 
 
-def _try(found: Found, candidate: Candidate, attempt: Attempt) -> None:
+def _try(found: Found, candidate: Candidate, attempt: Attempt, again: bool) -> None:
     technique = make_technique(candidate.text)
     others = [other for other in found.techniques if other.name != technique.name]
     try:
@@ -86,10 +87,11 @@ def _try(found: Found, candidate: Candidate, attempt: Attempt) -> None:
         _reject(found, candidate.name, error.message)
         return
     before = found.estimate
-    saved = before.peak_total - estimate.peak_total
-    kept = saved > SAVES_NOTHING * before.peak_total
+    saved = before.fit.needed - estimate.fit.needed
+    kept = saved > SAVES_NOTHING * before.fit.needed
     slowdown = estimate.time.seconds / found.ladder[0].estimate.time.seconds
-    found.ladder.append(Rung(added=str(technique), estimate=estimate, saved=saved, slowdown=slowdown, kept=kept))
+    if kept or not again:
+        found.ladder.append(Rung(added=str(technique), estimate=estimate, saved=saved, slowdown=slowdown, kept=kept))
     if kept:
         found.techniques, found.estimate = [*others, technique], estimate
     else:

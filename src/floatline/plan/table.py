@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from floatline.hardware import Hardware, resolve
+from floatline.plan.allocator import AllocatorSettings
 from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.traces import TraceCache
 from floatline.precision.choose import choose
 from floatline.step import Workload
 
@@ -36,7 +38,12 @@ def columns(hardware: str | Hardware) -> list[tuple[str, str]]:
 
 
 def component_table(
-    work: Workload, hardware: str | Hardware, progress: Callable[[str, int], None] = lambda what, done: None
+    work: Workload,
+    hardware: str | Hardware,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+    *,
+    allocator: AllocatorSettings | None = None,
+    traces: TraceCache | None = None,
 ) -> dict[tuple[str, str], Estimate]:
     """Return the estimate of each column: the plain step, no technique on it.
 
@@ -44,11 +51,15 @@ def component_table(
         work: What is trained.
         hardware: The device.
         progress: Called before each estimate.
+        allocator: Settings of the caching allocator; None for torch's defaults.
+        traces: Traces of this workload to take from and to add to.
     """
     made: dict[tuple[str, str], Estimate] = {}
     for mode, precision in columns(hardware):
         progress(f"{mode} in {precision}", len(made))
-        made[mode, precision] = estimate(work, hardware, precision, mode=mode, quick=True)
+        made[mode, precision] = estimate(
+            work, hardware, precision, mode=mode, quick=True, allocator=allocator, traces=traces
+        )
     return made
 
 
