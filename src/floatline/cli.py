@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from floatline.errors import FloatlineError
+from floatline.errors import ConfigError, FloatlineError
 
 if TYPE_CHECKING:
     from floatline.plan.command import PlanReport, PlanRequest
@@ -133,7 +133,12 @@ def report(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Directory, config.json, hub id, module:function or bundled name.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory, config.json, hub id, module:function, bundled name, or a recipe (.yaml).")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to a recipe, e.g. train.batch_size=16.")
+    ] = None,
     hardware: Annotated[str, typer.Option(help="t4, a100-40gb ...; auto: this machine; all: side by side.")] = "auto",
     seq: Annotated[int | None, typer.Option(help="Tokens a sample.")] = None,
     image: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of an image in pixels.")] = None,
@@ -186,16 +191,25 @@ def plan(
         quick=quick,
     )
     check_outputs(request, out, png, export)
-    answer = _planned(request)
+    answer = _planned(request, overrides or [])
     _show_plan(answer, out, png, export, as_json)
     raise typer.Exit(0 if answer.fits else 1)
 
 
-def _planned(request: PlanRequest) -> PlanReport | Comparison:
+def _planned(request: PlanRequest, overrides: list[str]) -> PlanReport | Comparison:
     from floatline.plan.command import answer
     from floatline.plan.side_by_side import compare
     from floatline.report.plan_progress import planning
 
+    if request.model.endswith((".yaml", ".yml")):
+        from floatline.train.plan_report import report_on_recipe
+
+        with planning() as progress:
+            return report_on_recipe(request, overrides, progress)
+    if overrides:
+        raise ConfigError(
+            f"{' '.join(overrides)} was given, but {request.model} is no recipe", hint="use options, see --help"
+        )
     with planning() as progress:
         return compare(request, progress) if request.hardware == "all" else answer(request, progress)
 

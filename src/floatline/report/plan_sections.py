@@ -159,7 +159,8 @@ def _ladder(plan: Plan) -> Section:
         if found.fit and not fitted:
             marks, fitted = ["first fit"], True
         saved = below.fit.needed - found.fit.needed
-        rows.append((f"+ {rung.added}" if rung.added else "plain step" + _fixed(plan), bytes_text(found.fit.needed),
+        step = f"+\u00a0{rung.added}" if rung.added else "plain step" + _fixed(plan)
+        rows.append((step, bytes_text(found.fit.needed),
                      _signed(saved) if rung.added else "", f"×{rung.slowdown:.2f}", found.verdict,
                      ", ".join(marks)))  # fmt: skip
         below = found if rung.kept else below
