@@ -57,11 +57,11 @@ def test_the_table_tells_both_figures_where_the_allocator_gives_back() -> None:
 def test_the_ladder_marks_first_fit_dropped_rungs_and_the_plan() -> None:
     ladder = next(section for section in sections(plans.report()) if section.name == "ladder")
     marks = {row[0]: row[-1] for row in ladder.rows}
-    assert marks["+ chunked_loss"] == "saves too little: left out again"
-    assert marks["+ accumulation(micro_batches=32)"] == "first fit"
+    assert marks["+\u00a0chunked_loss"] == "saves too little: left out again"
+    assert marks["+\u00a0accumulation(micro_batches=32)"] == "first fit"
     assert marks["the plan: accumulation(micro_batches=4)"] == "what is not needed taken off"
     saved = {row[0]: row[2] for row in ladder.rows}
-    assert saved["+ accumulation(micro_batches=32)"] == "16.0 GiB"  # against the plain step, not the dropped rung
+    assert saved["+\u00a0accumulation(micro_batches=32)"] == "16.0 GiB"  # against the plain step, not the dropped rung
 
 
 def test_a_technique_that_takes_more_is_shown_as_such() -> None:
