@@ -14,7 +14,7 @@ from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Category, Trace, peak_of
 from floatline.observe.target.workspaces import workspaces
 from floatline.plan.allocator import AllocatorSettings, Replay, simulate
-from floatline.plan.fit import Fit, fit_of
+from floatline.plan.fit import BAND, Fit, fit_of
 from floatline.plan.roofline import UpdateTime, assumptions, update_time
 from floatline.plan.timeline import Timeline, timeline_of
 from floatline.plan.traces import TraceCache
@@ -191,7 +191,7 @@ def summarize(
         time=update_time(seen, hardware),
         flops=seen.flops,
         micro_batches=seen.micro_batches,
-        assumptions=(*seen.assumptions, *assumptions(hardware)),
+        assumptions=(*seen.assumptions, *assumptions(hardware), BAND),
         notes=tuple(seen.notes),
     )
 
