@@ -61,7 +61,8 @@ class Fit:
 
 BAND = (
     f"the error band is assumed: a standard deviation of {RELATIVE_ERROR:.0%} of what is not weights, gradients or "
-    f"state, and {ABSOLUTE_ERROR // 2**20} MiB; traces agree with a CPU's allocator, they were not yet compared with a GPU's"
+    f"state, and {ABSOLUTE_ERROR // 2**20} MiB; traces agree with a CPU's allocator, "
+    "they were not yet compared with a GPU's"
 )
 """What a reader must know of chance and band."""
 
