@@ -69,6 +69,14 @@ def test_exact_plans_keep_the_numbers():
     assert any(r.name == "low_bit_optimizer" and "changes the numbers" in r.reason for r in plan.rejected)
 
 
+def test_what_changes_the_numbers_is_told_unless_it_was_asked_for():
+    small = {"rows": 2, "width": 1024, "optimizer": fused}
+    chosen = fl.plan(blocks(**small), card(300), precision="bf16-mixed", advice=False)
+    asked = fl.plan(blocks(**small), card(300), precision="bf16-mixed", techniques=["low_bit_optimizer"], advice=False)
+    assert any("low_bit_optimizer changes the numbers" in note for note in chosen.estimate.notes)
+    assert not any("changes the numbers" in note for note in asked.estimate.notes)
+
+
 def test_nothing_can_be_left_out():
     plan = wide(500, exclude=["accumulation"])
     assert plan.fits

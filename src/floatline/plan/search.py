@@ -11,7 +11,7 @@ It is a greedy search: it finds a plan from which nothing can be left out, not t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from floatline.errors import ConfigError
 from floatline.plan.estimate import Estimate
@@ -69,6 +69,7 @@ def climb(probe: Probe, attempt: Attempt, fixed: Sequence[Technique], exclude: S
         _prune(found, attempt, len(fixed))
         _widen(found, attempt, probe)
     _say_unneeded(found, probe, taken)
+    _say_changes(found, probe, taken)
     return found
 
 
@@ -157,3 +158,14 @@ def _say_unneeded(found: Found, probe: Probe, fixed: set[str]) -> None:
         if found.estimate.fit and candidate.name not in used | known:
             known.add(candidate.name)
             found.rejected.append(Rejected(name=candidate.name, reason="not needed, the run fits without it"))
+
+
+def _say_changes(found: Found, probe: Probe, fixed: set[str]) -> None:
+    """Tell of techniques that the search chose although they change the numbers of training."""
+    used = {technique.name for technique in found.techniques} - fixed
+    notes = [
+        f"{candidate.name} changes the numbers ({candidate.changes}); exact plans do without it"
+        for candidate in candidates(probe)
+        if candidate.changes and candidate.name in used
+    ]
+    found.estimate = replace(found.estimate, notes=(*found.estimate.notes, *notes))
