@@ -329,7 +329,7 @@ def conclude(
     wrong += [row["failure"] for row in (*rows, *cards) if row["failure"]]
     print("\n" + ", ".join(f"{name} {value:.2%}" for name, value in found.items()))
     print("limits: " + ", ".join(f"{name} {limit:.0%}" for name, limit in LIMITS.items()))
-    print("\n".join(wrong) or "nothing is missed")
+    print("\n".join(wrong) or ("nothing is missed" if found else "nothing was measured"))
     default = None if rehearsal else RESULTS / f"plan_cuda_{slug(hardware.name)}_{time.strftime('%Y-%m-%d')}.json"
     more = {"hardware": hardware_facts(hardware), "cuda": torch.version.cuda, "summary": found, "cards": cards}
     report(rows, PACKAGES, path or default, **more)

@@ -8,7 +8,8 @@ says what of the published setting is not in ours. Sources:
     cumulative, LoRA without the two optimizer flags). Its unpacked baseline (25.5 GiB) is left out: the rows' length is
     not published. Its QLoRA (4.6 GiB) too: there is no 4-bit base here.
     NVIDIA NeMo Automodel docs, "Gradient checkpointing" (Llama-3.2-1B, H100, local batch 8 x 2048, torch 2.8), and its
-    source for what it checkpoints (components/distributed/fsdp2.py and parallelizer.py)
+    source: what it checkpoints (components/distributed/parallelizer.py) and that its loop holds the logits through
+    backward (recipes/llm/finetune.py)
     Qwen3-VL-2B's states by arithmetic: bytes a parameter x 2,127,532,032
 """
 
