@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help check test demo soak bench techniques docs clean
+.PHONY: help check test demo soak bench techniques planner docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -46,6 +46,12 @@ techniques: $(STAMP) ## what each technique saves and costs, beside peers, on on
 	$(BIN)/python benchmarks/techniques.py
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/padding.py
+
+planner: $(STAMP) ## how far the planner is off, beside peers, and the guide's tables (half an hour)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/plan_accuracy.py
+	$(BIN)/python benchmarks/plan_peers.py
+	$(BIN)/python benchmarks/guide_tables.py
 
 docs: $(STAMP) ## write docs/reference from the code
 	$(BIN)/python docs/generate.py

@@ -8,8 +8,7 @@
     error    traced / real - 1
     s        seconds to trace, imports of the model's code included; rows run side by side, one thread each
 
-Each row is a process of its own, forked from one that has imported torch and transformers and has run nothing: what
-one row leaves behind cannot be freed in another's measurement. The record begins before the model is built, so the
+Each row is a process of its own (clean_process.py). The record begins before the model is built, so the
 model and its batch count as the allocator sees them.
 
 A row that cannot be traced, or not be trained, is a failure and is listed as such.
@@ -18,7 +17,6 @@ A row that cannot be traced, or not be trained, is a failure and is listed as su
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
@@ -31,6 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 import torch
 
+from clean_process import Failed, in_clean_process
 from common import print_table, progress, quantile, report
 
 PACKAGES = ("floatline", "torch", "transformers", "torchao", "peft")
@@ -92,12 +91,7 @@ class Row:
 
 def measure(name: str, setting: str) -> Row:
     """Trace and train one model in this process."""
-    import logging
-    import warnings
-
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     from floatline.step import Workload
     from plan_models import MODELS
 
@@ -145,29 +139,14 @@ def _real(work: Any, step: dict[str, Any]) -> tuple[float, int]:
     return time.perf_counter() - began, seen.peak
 
 
-def _serve(name: str, setting: str, connection: Any) -> None:
-    connection.send(measure(name, setting))
-
-
 def in_own_process(name: str, setting: str, limit: float) -> Row:
     """Measure in a fresh process, which is ended after `limit` seconds."""
     progress(f"{name}, {setting}")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "floatline"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(name, setting, theirs), daemon=True)
-    process.start()
-    theirs.close()
     try:
-        if not ours.poll(limit):
-            return Row(name, setting, failure=f"not done after {limit:.0f} s")
-        row: Row = ours.recv()
-        return row
-    except EOFError:
-        return Row(name, setting, failure="the process died")
-    finally:
-        process.kill()
-        process.join()
+        row: Row = in_clean_process(measure, name, setting, limit=limit)
+    except Failed as failed:
+        return Row(name, setting, failure=str(failed))
+    return row
 
 
 def pairs(words: list[str] | None) -> list[tuple[str, str]]:
