@@ -69,7 +69,7 @@ class Faking(TorchDispatchMode):
         self._asked: tuple[tuple[int, int], bool, int] = ((0, 0), False, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = _off_meta(args, kwargs or {})
         if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
         special = _SPECIAL.get(func)
@@ -183,6 +183,18 @@ class Faking(TorchDispatchMode):
             return not answer
         self._asked = (place, answer, times)
         return answer
+
+
+def _off_meta(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return an op's keyword arguments with the CPU as the device where the program asks for the meta device.
+
+    There is no data on either here, and a program may move to the CPU later, which fake tensors cannot (`to_empty`).
+    An empty tensor stays: `torch.load` makes one to put a storage of the meta device into.
+    """
+    device = kwargs.get("device")
+    if device is None or torch.device(device).type != "meta" or (args and isinstance(args[0], list) and args[0] == [0]):
+        return kwargs
+    return {**kwargs, "device": torch.device("cpu")}
 
 
 @contextmanager

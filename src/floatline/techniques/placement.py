@@ -131,9 +131,9 @@ def fakes_change_in_place() -> Iterator[None]:
     swap = torch.utils.swap_tensors
 
     def change(tensor: torch.Tensor, other: torch.Tensor) -> None:
-        if is_fake(tensor) and tensor.device == other.device:
+        if is_fake(tensor):
             tensor.data = other.data
-        else:  # from the meta device, in a factory, before anything has looked at the weights
+        else:
             swap(tensor, other)
 
     torch.utils.swap_tensors = change
