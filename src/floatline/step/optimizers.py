@@ -66,7 +66,7 @@ def _steps_alone(optimizer: Any) -> torch.optim.Optimizer:
             "LBFGS runs the model several times in one step, which TrainStep does not do",
             hint="take an optimizer whose step() needs no closure",
         )
-    return optimizer  # type: ignore[no-any-return]
+    return optimizer
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
