@@ -87,3 +87,8 @@ def test_catalog_is_plausible():
         assert 10 * 2**30 < gpu.memory < 200 * 2**30
         assert gpu.bandwidth > 1e11
         assert "bf16" in gpu.tflops or gpu.capability < (8, 0)
+
+
+def test_hardware_is_a_name_or_facts():
+    with pytest.raises(ConfigError, match="hardware is 16"):
+        resolve(16)

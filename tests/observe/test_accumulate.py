@@ -25,12 +25,12 @@ class Sums(TorchDispatchMode):
         return out
 
     def saw(self, func, args, kwargs):
-        if func is aten.add.Tensor and torch._C._current_autograd_node() is not None:
+        if func in self.alone and torch._C._current_autograd_node() is not None:
             self.in_place.append(grows_in_place(func, args, kwargs, self.alone))
 
 
 def sums_of(program, **how):
-    with FakeTensorMode(), Sums() as sums:
+    with FakeTensorMode(allow_non_fake_inputs=True), Sums() as sums:
         x = torch.ones(4, 8, requires_grad=True)
         program(x.exp()).sum().backward(**how)
     return sums.in_place
@@ -70,6 +70,40 @@ def test_paths_that_join_are_added_in_place():
     assert sums_of(lambda y: y.sin() + y.cos() + y.tanh()) == [True, True]
 
 
+INDEX = torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda y: y[INDEX],
+        lambda y: y.index_select(0, INDEX),
+        lambda y: y.gather(0, INDEX[:, None]),
+        lambda y: y.max(dim=1).values,
+        lambda y: y.topk(2).values,
+    ],
+)
+def test_what_was_taken_out_goes_back_into_the_zeros(taken):
+    assert sums_of(taken) == [True]
+
+
+class Scattered(torch.autograd.Function):
+    """Its backward scatters in Python, and the zeros live on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        zeros = torch.zeros_like(gradient)
+        return zeros.scatter_add(0, torch.zeros(1, 8, dtype=torch.long), gradient[:1])
+
+
+def test_zeros_that_python_holds_are_not_written_into():
+    assert sums_of(Scattered.apply) == [False]
+
+
 def test_a_sum_in_python_is_a_new_tensor():
     assert sums_of(Both.apply) == [False]
 
@@ -98,4 +132,4 @@ def test_the_rest_of_the_program_is_left_alone():
 @pytest.mark.parametrize("_", range(2))
 def test_the_holders_are_counted_once(_):
     assert engine_alone() is engine_alone()
-    assert all(count >= 1 for count in engine_alone())
+    assert all(count >= 1 for holders in engine_alone().values() for count in holders)

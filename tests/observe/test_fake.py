@@ -1,6 +1,12 @@
 """What runs for real and what on fake tensors, and what a program is told about values that nobody knows."""
 
 import copy
+import dataclasses
+import random
+import threading
+import time
+import weakref
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -8,13 +14,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from floatline.errors import ModelError
+from floatline.errors import ConfigError, ModelError
 from floatline.observe import values
 from floatline.observe.fake import faking
-from floatline.observe.fake_model import fake_batch, fake_model
+from floatline.observe.fake_model import fake_batch, fake_model, tensors_of
 from floatline.observe.real import REAL_FLOATS
+from floatline.step import Workload
 
 
 @pytest.fixture
@@ -25,6 +32,10 @@ def mode():
 
 def unknown(mode, *shape, dtype=torch.float32):
     return mode.fake(torch.zeros(shape, dtype=dtype))
+
+
+def work_of(model):
+    return Workload(model=model, batch={})
 
 
 def is_fake(tensor):
@@ -72,7 +83,12 @@ def test_a_real_tensor_with_fake_values_inside_keeps_its_graph_and_is_unknown(mo
 def test_integers_of_a_batch_stay_real_and_floats_do_not(mode):
     batch = {"ids": torch.arange(3), "x": [torch.ones(2), ("text", 7)]}
     ready = fake_batch(batch, mode)
-    assert ready["ids"] is batch["ids"] and is_fake(ready["x"][0]) and ready["x"][1] == ("text", 7)
+    assert (
+        torch.equal(ready["ids"], batch["ids"])
+        and not is_fake(ready["ids"])
+        and is_fake(ready["x"][0])
+        and ready["x"][1] == ("text", 7)
+    )
 
 
 # Values that are read
@@ -271,7 +287,7 @@ class Buffers(nn.Module):
 def test_a_module_that_exists_is_copied_and_not_changed(mode):
     model = Buffers()
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    made = fake_model(model, mode)
+    made = fake_model(work_of(model), mode)
     assert all(is_fake(parameter) for parameter in made.parameters())
     assert made.tied is made.linear.weight and made.order.tolist() == [2, 0, 1]
     assert not any(is_fake(parameter) for parameter in model.parameters())
@@ -279,7 +295,7 @@ def test_a_module_that_exists_is_copied_and_not_changed(mode):
 
 
 def test_a_factory_gives_fake_parameters_large_or_small(mode):
-    made = fake_model(lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(300, 300)), mode)
+    made = fake_model(work_of(lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(300, 300))), mode)
     assert all(is_fake(parameter) and isinstance(parameter, nn.Parameter) for parameter in made.parameters())
 
 
@@ -290,7 +306,7 @@ def test_frozen_and_marked_parameters_stay_so(mode):
         model.weight.mark = "kept"
         return model
 
-    made = fake_model(make, mode)
+    made = fake_model(work_of(make), mode)
     assert not made.weight.requires_grad and made.bias.requires_grad and made.weight.mark == "kept"
 
 
@@ -308,10 +324,152 @@ def test_a_factory_that_moves_to_a_gpu_is_an_error_with_a_way_out(mode):
     if torch.cuda.is_available():
         pytest.skip("here it can")
     with pytest.raises(ModelError, match="cannot be built without its memory") as caught:
-        fake_model(lambda: nn.Linear(300, 300).to("cuda"), mode)
+        fake_model(work_of(lambda: nn.Linear(300, 300).to("cuda")), mode)
     assert "build it on the CPU" in str(caught.value)
 
 
 def test_mistakes_of_the_user_in_a_factory_come_through(mode):
     with pytest.raises(TypeError, match="wrong"):
-        fake_model(lambda: (_ for _ in ()).throw(TypeError("wrong")), mode)
+        fake_model(work_of(lambda: (_ for _ in ()).throw(TypeError("wrong"))), mode)
+
+
+# What a batch holds, and what is made of it
+
+
+def test_a_mask_too_large_to_be_real_is_known_where_it_is_made_of_real_tensors(mode):
+    kept = torch.ones(4, 1, 200, 200, dtype=torch.bool)
+    mask = torch.where(kept, 0.0, -1e9)
+    assert is_fake(mask) and not (mask < 0).any() and (mask[:, 0] == 0).all()
+    mask[:, :, 0, :] = -1.0
+    assert int((mask < 0).sum()) == 4 * 200 and float(mask.min()) == -1.0
+
+
+def test_what_is_computed_from_a_batch_alone_is_known_until_weights_come_in(mode):
+    ready = fake_batch({"x": torch.tensor([3.0, 5.0])}, mode)
+    assert float((ready["x"] * 2).max()) == 10.0 and not mode.assumptions
+    assert float((ready["x"] * unknown(mode, 2)).max()) == 1.0 and mode.assumptions
+
+
+def test_a_batch_that_was_written_into_is_known_as_it_is_now(mode):
+    x = fake_batch(torch.tensor([1.0, 2.0]), mode)
+    x.mul_(-1)
+    assert (x < 0).all()
+    x.copy_(unknown(mode, 2))
+    assert is_fake(x < 0)
+
+
+def test_the_callers_batch_is_left_as_it_is(mode):
+    batch = {"ids": torch.arange(3), "x": torch.ones(2)}
+    ready = fake_batch(batch, mode)
+    ready["ids"].zero_()
+    ready["x"].mul_(0)
+    assert batch["ids"].tolist() == [0, 1, 2] and batch["x"].tolist() == [1, 1]
+
+
+def test_a_tensor_that_is_in_a_batch_twice_stays_one(mode):
+    ids = torch.arange(3)
+    ready = fake_batch({"input_ids": ids, "labels": ids}, mode)
+    assert ready["input_ids"] is ready["labels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [lambda **held: Sample(**held), lambda **held: UserDict(held)])
+def test_a_batch_may_be_a_dataclass_or_a_mapping(mode, kind):
+    ready = fake_batch(kind(x=torch.ones(5), y=torch.arange(2)), mode)
+    assert [is_fake(tensor) for tensor in tensors_of(ready)] == [True, False]
+
+
+# Devices, and what a process has on when a trace begins
+
+
+@pytest.mark.parametrize("given", [lambda make: make(), lambda make: make])
+def test_a_model_of_the_meta_device_is_one_of_the_cpu(mode, given):
+    model = fake_model(work_of(given(lambda: nn.BatchNorm1d(300, device="meta"))), mode)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+
+
+def test_a_model_is_cast_and_emptied_although_weak_references_to_its_weights_exist(mode):
+    model = fake_model(work_of(lambda: nn.Linear(300, 300)), mode)
+    watched = weakref.ref(model.weight)
+    model.to(torch.bfloat16)
+    assert watched() is model.weight and model.weight.dtype == torch.bfloat16 and is_fake(model.weight)
+    with torch.device("meta"):
+        later = nn.Linear(300, 300)
+    assert later.to_empty(device="cpu").weight.device.type == "cpu"
+
+
+def test_weights_are_loaded_in_a_factory(mode, tmp_path):
+    with _disable_current_modes():
+        torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "weights.pt")
+
+    def make():
+        model = nn.Linear(3, 3)
+        model.load_state_dict(torch.load(tmp_path / "weights.pt"))
+        return model
+
+    assert all(map(is_fake, fake_model(work_of(make), mode).parameters()))
+
+
+@pytest.mark.parametrize("made", [None, nn.Linear, "gpt2"])
+def test_a_factory_that_returns_no_module_is_refused(mode, made):
+    with pytest.raises(ConfigError, match="the model factory returned a"):
+        fake_model(work_of(lambda: made), mode)
+
+
+def test_what_is_no_workload_is_refused(mode):
+    with pytest.raises(ConfigError, match="a Linear is not a Workload"):
+        fake_model(nn.Linear(2, 2), mode)
+
+
+def test_gradients_are_on_whatever_the_caller_is_in():
+    with torch.inference_mode(), faking():
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with torch.device("meta"), faking():
+        assert torch.ones(2).device.type == "cpu"
+
+
+def test_random_numbers_are_as_before_an_interruption():
+    def drawn():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = drawn()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    with pytest.raises(KeyboardInterrupt), faking():
+        drawn()
+        raise KeyboardInterrupt
+    assert drawn() == expected and "numpy" not in FakeTensor.__dict__
+
+
+def test_traces_of_several_threads_wait_for_each_other():
+    inside, most = [], []
+
+    def one():
+        with faking():
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4 and "numpy" not in FakeTensor.__dict__
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 6), (4, 16, 6, 5)])
+def test_batch_norm_lays_its_result_out_as_the_kernel_does(mode, shape):
+    norm, turned = nn.BatchNorm1d(6) if len(shape) == 3 else nn.BatchNorm2d(6), (0, 2, 1, 3)[: len(shape)]
+    x = torch.randn(shape)
+    with _disable_current_modes():
+        real = type(norm)(6)(torch.randn(shape).permute(turned)).stride()
+    assert norm(mode.fake(x).permute(turned)).stride() == real

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zoo
-from floatline.errors import ConfigError
+from floatline.errors import ConfigError, ModelError
 from floatline.observe.allocations import record_allocations
 from floatline.observe.events import peak_of
 from floatline.observe.trace import trace
@@ -102,3 +102,35 @@ def test_assumptions_name_the_line_of_the_model():
     found = trace(Workload(case.build, case.batch(0), loss), hardware="cpu", precision="32-true")
     (text,) = found.assumptions
     assert text.startswith("a value that is read was taken to be 1.0 (observe/test_trace.py:")
+
+
+def test_a_sparse_matrix_in_a_forward_counts_by_its_parts():
+    def loss(model, batch):
+        edges = torch.stack([torch.arange(300), torch.arange(300).flip(0)])
+        graph = torch.sparse_coo_tensor(edges, torch.ones(300), (300, 300))
+        return torch.sparse.mm(graph, model(*batch)).square().mean()
+
+    work = Workload(model=lambda: torch.nn.Linear(8, 8), batch=lambda: (torch.ones(300, 8),), loss=loss)
+    sizes = {made.nbytes for made in trace(work, hardware="cpu", precision="32-true").storages}
+    assert 300 * 8 * 4 in sizes and 300 * 300 * 4 not in sizes
+
+
+def test_a_gpu_that_the_program_asks_for_by_name_is_explained():
+    def loss(model, batch):
+        return model(*batch).sum() + torch.ones((), device="cuda")
+
+    work = Workload(model=lambda: torch.nn.Linear(8, 8), batch=lambda: (torch.ones(3, 8),), loss=loss)
+    with pytest.raises(ModelError, match="asks for a GPU by name"):
+        trace(work, hardware="t4")
+
+
+def test_inference_of_an_encoder_decoder_feeds_the_decoder():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    ids = torch.ones(2, 8, dtype=torch.long)
+    work = Workload(
+        model=lambda: transformers.T5ForConditionalGeneration(config), batch={"input_ids": ids, "labels": ids}
+    )
+    assert trace(work, hardware="t4", mode="inference").flops > 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_work import MIB, blocks, card, fused
+from torch import nn
 
 import floatline as fl
 from floatline.errors import ConfigError
@@ -135,3 +136,32 @@ def test_json_has_plain_values():
     import json
 
     json.dumps(wide(500).as_dict())
+
+
+class Counting(nn.Module):
+    """A forward saves fewer tensors than the one before, so a layer of it cannot be computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(256, 256), 0
+
+    def forward(self, x):
+        self.calls += 1
+        for _ in range(4 - self.calls % 4):
+            x = self.linear(x).sin()
+        return x
+
+
+def test_a_technique_that_the_model_does_not_survive_is_rejected_and_the_search_goes_on():
+    def model():
+        return nn.Sequential(nn.Linear(256, 256), *(Counting() for _ in range(6)))
+
+    work = fl.Workload(
+        model=model,
+        batch=lambda: (torch.ones(16384, 256),),
+        loss=lambda model, batch: model(*batch).square().mean(),
+        optimizer=fused,
+    )
+    plan = fl.plan(work, card(300), precision="32-true", exclude=["accumulation"], advice=False)
+    reasons = {rejected.name: rejected.reason for rejected in plan.rejected}
+    assert "does not run with it: CheckpointError" in reasons["checkpointing"]

@@ -304,3 +304,22 @@ def test_micro_batches_of_padded_rows_equal_the_full_batch_on_transformers_model
         outputs.append(step(micro))
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(outputs[0].grad_norm, outputs[1].grad_norm, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [None, 1.0, {"loss": torch.ones(())}, torch.ones(3)])
+def test_a_loss_function_that_returns_no_number_is_refused(loss):
+    step = fl.TrainStep(nn.Linear(4, 2), torch.optim.SGD, loss=lambda model, batch: loss)
+    with pytest.raises(ModelError, match="not a scalar loss"):
+        step((torch.ones(1, 4),))
+
+
+def test_a_loss_without_a_path_to_the_weights_is_refused():
+    step = fl.TrainStep(nn.Linear(4, 2), torch.optim.SGD, loss=lambda model, batch: model(*batch).sum().detach())
+    with pytest.raises(ModelError, match="depends on no trainable parameter"):
+        step((torch.ones(1, 4),))
+
+
+@pytest.mark.parametrize("optimizer, said", [(torch.optim.LBFGS, "LBFGS runs"), (lambda params: None, "a NoneType")])
+def test_an_optimizer_that_cannot_step_by_itself_is_refused(optimizer, said):
+    with pytest.raises(ConfigError, match=said):
+        fl.TrainStep(nn.Linear(4, 2), optimizer)

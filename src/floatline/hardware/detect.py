@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from floatline.errors import ConfigError
 from floatline.hardware.catalog import CATALOG, MIB, Hardware, lookup
 
 
@@ -21,10 +22,12 @@ def resolve(name: str | Hardware = "auto") -> Hardware:
     """Turn a hardware name into facts: "auto" is this machine, "cpu" its processor, else the catalog.
 
     Raises:
-        ConfigError: The name is not in the catalog.
+        ConfigError: The name is not in the catalog, or not a name.
     """
     if isinstance(name, Hardware):
         return name
+    if not isinstance(name, str):
+        raise ConfigError(f"hardware is {name!r}", hint='give a name ("t4", "cpu", "auto") or a Hardware')
     if name == "auto":
         return detect()
     if name == "cpu":

@@ -20,9 +20,12 @@ sparse layouts): one clear error that names the op and the line.
 from __future__ import annotations
 
 import copy
+import random
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,11 +41,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from floatline.errors import ModelError
 from floatline.observe import selection, values
+from floatline.observe.layouts import LAID_OUT
 from floatline.observe.real import asking, is_small, really, tensors_in, where
+from floatline.techniques.placement import fakes_change_in_place
 
+_ONE_AT_A_TIME = threading.RLock()
 _VALUES_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
-_SPECIAL: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {**values.READING, **selection.SELECTING}
+_SPECIAL: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {**values.READING, **selection.SELECTING, **LAID_OUT}
 
 
 class Faking(TorchDispatchMode):
@@ -63,7 +69,7 @@ class Faking(TorchDispatchMode):
         self._asked: tuple[tuple[int, int], bool, int] = ((0, 0), False, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = _off_meta(args, kwargs or {})
         if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
         special = _SPECIAL.get(func)
@@ -79,8 +85,10 @@ class Faking(TorchDispatchMode):
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = self.run_fake(func, args, kwargs)
-            values.keep_known(func, args, kwargs, out)
-            return self._after_writing(func, args, kwargs, out) if func._schema.is_mutable else out
+            if func._schema.is_mutable:
+                return self._after_writing(func, args, kwargs, out)
+            values.keep_known(self, func, args, kwargs, out)
+            return out
         out = self._run_real(func, args, kwargs, inputs)
         if self._overwritten and any(self.is_unknown(tensor) for tensor in inputs):
             self._overwrite(out)
@@ -88,7 +96,7 @@ class Faking(TorchDispatchMode):
 
     def _run_real(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         """Run an op without fake inputs."""
-        if inputs and not any(tensor.numel() for tensor in inputs if tensor.numel() > 256):
+        if inputs and not any(tensor.numel() > 256 or tensor.is_meta for tensor in inputs):
             return really(func, args, kwargs)  # nothing small grows large but by a factory
         if func._schema.is_mutable:
             return really(func, args, kwargs)
@@ -96,8 +104,10 @@ class Faking(TorchDispatchMode):
             guess = func(*args, **kwargs)  # the fake kernel says how large the result will be
         except (*_VALUES_UNKNOWN, UnsupportedOperatorException):
             return really(func, args, kwargs)
-        if all(is_small(tensor) for tensor in tensors_in(guess)):
+        if all(is_small(tensor) and not tensor.is_meta for tensor in tensors_in(guess)):
             return really(func, args, kwargs)
+        if inputs and not any(self.is_unknown(tensor) or tensor.is_meta for tensor in inputs):
+            values.know(func, args, kwargs, guess)
         return guess
 
     def run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -146,6 +156,7 @@ class Faking(TorchDispatchMode):
         ]
         written = list(tensors_in(taken))
         self._overwrite(written)
+        self._overwrite(values.write_known(self, func, args, kwargs, written))
         alone = len(written) == 1 and isinstance(out, torch.Tensor)
         return written[0] if alone and not isinstance(written[0], FakeTensor) else out
 
@@ -174,28 +185,70 @@ class Faking(TorchDispatchMode):
         return answer
 
 
+def _off_meta(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return an op's keyword arguments with the CPU as the device where the program asks for the meta device.
+
+    There is no data on either here, and a program may move to the CPU later, which fake tensors cannot (`to_empty`).
+    An empty tensor stays: `torch.load` makes one to put a storage of the meta device into.
+    """
+    device = kwargs.get("device")
+    if device is None or torch.device(device).type != "meta" or (args and isinstance(args[0], list) and args[0] == [0]):
+        return kwargs
+    return {**kwargs, "device": torch.device("cpu")}
+
+
 @contextmanager
 def faking(make: Callable[[FakeTensorMode], Faking] = Faking) -> Iterator[Faking]:
-    """Enter the fake mode and the mode above it; random numbers of the process are as before afterwards."""
+    """Enter the fake mode and the mode above it, whatever the caller is in.
+
+    Gradients are on inside, and tensors are made on the CPU. One thread at a time is inside, for what fake tensors
+    and a target's rules change is the whole process's; another one waits. Random numbers of the process (torch's,
+    Python's and numpy's) are as before afterwards.
+    """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng(devices=[]), fake_mode, make(fake_mode) as mode, _taught(mode):
+    with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
+        stack.enter_context(_random_numbers_kept())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(fake_mode)
+        mode = stack.enter_context(make(fake_mode))
+        stack.enter_context(_taught(mode))
         yield mode
 
 
 @contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Put the generators back as they are now: a real run after a plan draws what it would have drawn without."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(state)
+
+
+@contextmanager
 def _taught(mode: Faking) -> Iterator[None]:
-    """Teach fake tensors two things that they do not learn from a mode, because torch does them below or beside it.
+    """Teach fake tensors three things that they do not learn from a mode, because torch does them below or beside it.
 
     numpy           is refused in C++; answered here.
     copy.deepcopy   copies the storage beside the tensor, and views of the copy lie in memory of their own ever after
                     (`nn.TransformerEncoder` copies its layers); a clone does what is meant.
+    Module.to       swaps parameters, which fails on fake ones (techniques/placement.py).
     """
     taught: dict[str, Any] = {"numpy": lambda self, *, force=False: values.array(mode, self), "__deepcopy__": _deepcopy}
     before = {name: FakeTensor.__dict__.get(name) for name in taught}
     for name, method in taught.items():
         setattr(FakeTensor, name, method)
     try:
-        yield
+        with fakes_change_in_place():
+            yield
     finally:
         for name, method in before.items():
             delattr(FakeTensor, name) if method is None else setattr(FakeTensor, name, method)

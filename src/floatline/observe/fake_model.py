@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-from floatline.errors import FloatlineError, ModelError
+from floatline.errors import ConfigError, FloatlineError, ModelError
 from floatline.observe.fake import Faking
 from floatline.observe.real import is_small
 from floatline.observe.values import KNOWN
+from floatline.step.workload import Workload
 
 
-def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.Module:
-    """Return a model with fake parameters; one that exists already is copied without its data.
+def fake_model(work: Workload, mode: Faking) -> nn.Module:
+    """Return a workload's model with fake parameters; one that exists already is copied without its data.
 
     Raises:
+        ConfigError: It is no workload, or its factory returns no module.
         ModelError: The factory fails on fake tensors.
     """
-    made = _copied(model, mode) if isinstance(model, nn.Module) else _built(model)
+    if not isinstance(work, Workload):
+        raise ConfigError(f"a {type(work).__name__} is not a Workload", hint="wrap it: fl.Workload(model, batch, loss)")
+    made = _copied(work.model, mode) if isinstance(work.model, nn.Module) else _built(work.build_model)
     fake_parameters(made, mode)
     return made
 
@@ -31,7 +38,7 @@ def fake_model(model: nn.Module | Callable[[], nn.Module], mode: Faking) -> nn.M
 def _built(factory: Callable[[], nn.Module]) -> nn.Module:
     try:
         return factory()
-    except (FloatlineError, TypeError, NameError, AttributeError):
+    except FloatlineError:
         raise
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
@@ -55,41 +62,92 @@ def _stand_in(tensor: torch.Tensor, mode: Faking) -> torch.Tensor:
     """Return a tensor without data; small integers and booleans keep their values, programs branch on them."""
     with _disable_current_modes(), unset_fake_temporarily():
         data = tensor.detach()
-        if not isinstance(tensor, nn.Parameter) and not tensor.is_floating_point() and is_small(tensor):
-            return data.clone()
-    fake = mode.fake(data)
+        steers = not isinstance(tensor, nn.Parameter) and not tensor.is_floating_point() and is_small(tensor)
+        if steers and not tensor.is_meta:
+            return data.to("cpu", copy=True)
+    return _like(tensor, fake_on_cpu(data, mode))
+
+
+def _like(tensor: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Return `fake` as a parameter with the attributes of `tensor` where that is one."""
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        fake.__dict__.update(tensor.__dict__)
+        fake.__dict__.update({name: value for name, value in tensor.__dict__.items() if name not in fake.__dict__})
     return fake
 
 
+def fake_on_cpu(tensor: torch.Tensor, mode: Faking) -> torch.Tensor:
+    """Return a fake CPU tensor like one of any device, the meta device too: the target's tensors are CPU tensors."""
+    if tensor.device.type == "cpu":
+        return mode.fake(tensor)
+    with _disable_current_modes(), unset_fake_temporarily():
+        shape = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode.fake_mode, shape, torch.device("cpu"))
+
+
 def fake_parameters(model: nn.Module, mode: Faking) -> None:
-    """Turn the parameters that were small enough to be real into fake ones, in place."""
-    known: dict[int, nn.Parameter] = {}
+    """Turn the parameters that were small enough to be real into fake ones, in place, and bring all to the CPU."""
+    known: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, FakeTensor):
-                if id(parameter) not in known:
-                    fake = nn.Parameter(mode.fake(parameter.detach()), requires_grad=parameter.requires_grad)
-                    fake.__dict__.update(parameter.__dict__)
-                    known[id(parameter)] = fake
-                module._parameters[name] = known[id(parameter)]
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or _is_in_place(tensor):
+                    continue
+                if id(tensor) not in known:
+                    known[id(tensor)] = _like(tensor, fake_on_cpu(tensor.detach(), mode))
+                held[name] = known[id(tensor)]  # type: ignore[assignment]
 
 
-def fake_batch(batch: Any, mode: Faking) -> Any:
-    """Return a batch with fake floats that know their values; integers and booleans stay real."""
+def _is_in_place(tensor: torch.Tensor) -> bool:
+    """Say whether a model's tensor is as a trace wants it: parameters fake, buffers on the CPU."""
+    return tensor.device.type == "cpu" and (isinstance(tensor, FakeTensor) or not isinstance(tensor, nn.Parameter))
+
+
+def fake_batch(batch: Any, mode: Faking, made: dict[int, Any] | None = None) -> Any:
+    """Return a copy of a batch with fake floats that know their values; integers and booleans stay real.
+
+    Args:
+        batch: Tensors in dicts, lists, tuples, mappings (transformers' BatchEncoding) and dataclasses.
+        mode: The mode to use them in.
+        made: Copies by the id of what they are copies of: a tensor that is there twice stays one.
+    """
+    made = {} if made is None else made
     if isinstance(batch, torch.Tensor):
-        if not batch.is_floating_point() and is_small(batch):
-            return batch
-        fake = mode.fake(batch)
-        setattr(fake, KNOWN, batch)
-        return fake
+        if id(batch) not in made:
+            made[id(batch)] = _fake_input(batch, mode)
+        return made[id(batch)]
     if isinstance(batch, dict):
-        values = {key: fake_batch(value, mode) for key, value in batch.items()}
+        values = {key: fake_batch(value, mode, made) for key, value in batch.items()}
         return type(batch)(values)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(fake_batch(value, mode) for value in batch))
+        return type(batch)(*(fake_batch(value, mode, made) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(fake_batch(value, mode) for value in batch)
+        return type(batch)(fake_batch(value, mode, made) for value in batch)
+    if isinstance(batch, Mapping | UserDict):
+        return {key: fake_batch(value, mode, made) for key, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        copied = copy.copy(batch)
+        for name, value in vars(batch).items():
+            object.__setattr__(copied, name, fake_batch(value, mode, made))
+        return copied
     return batch
+
+
+def _fake_input(tensor: torch.Tensor, mode: Faking) -> torch.Tensor:
+    with _disable_current_modes(), unset_fake_temporarily():
+        known = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)  # the program may write into it
+    if known is not None and not tensor.is_floating_point() and is_small(tensor):
+        return known
+    fake = fake_on_cpu(tensor.detach() if known is None else known, mode)
+    if known is not None:
+        setattr(fake, KNOWN, known)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch as `fake_batch` returns it."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_of(vars(leaf))

@@ -25,26 +25,38 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from floatline.observe.accumulate import engine_alone, grows_in_place
 from floatline.observe.cost import cost_of
 from floatline.observe.events import Category, OpCost, Phase, Storage, Trace
 from floatline.observe.fake import Faking
+from floatline.observe.fake_model import tensors_of
 from floatline.observe.real import tensors_in
 from floatline.observe.scratch import NOTHING, Scratch
 from floatline.techniques.placement import allocates_on_host, allocates_within_kernel
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a tensor subclass (low-bit state, shards) is made of."""
-    if is_traceable_wrapper_subclass(tensor):
+    """Yield the plain tensors that a tensor subclass (low-bit state, shards) or a sparse tensor is made of."""
+    if tensor.layout is not torch.strided:
+        yield from _sparse_parts(tensor)
+    elif is_traceable_wrapper_subclass(tensor):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         for part in parts:
             if isinstance(part, torch.Tensor):  # a sharded tensor also names its mesh
                 yield from plain_parts(part)
     else:
         yield tensor
+
+
+def _sparse_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    with torch.no_grad():
+        if tensor.layout is torch.sparse_coo:
+            yield from (tensor._indices(), tensor._values())
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+            yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
 
 
 class Recorder(Faking):
@@ -78,7 +90,8 @@ class Recorder(Faking):
         elsewhere = func.is_view or allocates_within_kernel() or allocates_on_host()
         need = NOTHING if elsewhere else self.scratch(func, args, kwargs, out)
         for place, tensor in enumerate(tensors_in(out)):
-            self._born(tensor, name, phase, module, need.storages[place] if need.storages else 0)
+            for part in (tensor,) if tensor.layout is torch.strided else plain_parts(tensor):
+                self._born(part, name, phase, module, need.storages[place] if need.storages else 0)
         if func.is_view:
             return
         if need.extra:
@@ -237,7 +250,7 @@ class Recorder(Faking):
             self.modules.pop()
 
     def enroll_batch(self, batch: Any) -> None:
-        self.enroll((leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), Category.INPUT)
+        self.enroll(tensors_of(batch), Category.INPUT)
 
     def enroll_gradients(self, model: nn.Module) -> None:
         """Gradients belong to the modules that own the parameters, whichever op added them up."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from floatline.errors import ConfigError
+from floatline.errors import ConfigError, FloatlineError, ModelError
 from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Phase, Trace
 from floatline.observe.fake import faking
@@ -69,8 +69,8 @@ def trace(
     if mode not in MODES:
         raise ConfigError(f"mode is {mode!r}", hint=f"allowed: {', '.join(MODES)}")
     hardware = resolve(hardware)
-    with _recording(hardware) as recorder:
-        model = fake_model(work.model, recorder)
+    with _gpu_calls_explained(), _recording(hardware) as recorder:
+        model = fake_model(work, recorder)
         batch = _built_batch(work)
         if mode == "inference":
             _infer(recorder, model, batch, precision, hardware)
@@ -91,6 +91,26 @@ def trace(
             if once:
                 recorder.trace.repeat()
     return recorder.trace
+
+
+@contextmanager
+def _gpu_calls_explained() -> Iterator[None]:
+    """Turn torch's error about a GPU that a program asks for by name into one that says what to do.
+
+    Raises:
+        ModelError: Instead of it.
+    """
+    try:
+        yield
+    except FloatlineError:
+        raise
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        if "cuda" not in str(error).lower():
+            raise
+        raise ModelError(
+            f"the program asks for a GPU by name, but a plan runs on the CPU: {str(error).splitlines()[0]:.120}",
+            hint='take the device of an input (x.device) instead of "cuda" or .cuda()',
+        ) from error
 
 
 @contextmanager
@@ -167,7 +187,7 @@ def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, har
     _start(recorder, model)
     with module_names(model, recorder), torch.no_grad(), applied.autocast():
         recorder.begin(0)
-        ready = fake_batch(_unlabelled(batch), recorder)
+        ready = fake_batch(_unlabelled(model, batch), recorder)
         recorder.enroll_batch(ready)
         output = call_model(model, ready)
         recorder.phase = Phase.BETWEEN
@@ -175,8 +195,9 @@ def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, har
         recorder.finish()
 
 
-def _unlabelled(batch: Any) -> Any:
-    """Return a batch without what only a loss needs."""
-    if isinstance(batch, dict):
-        return type(batch)({key: value for key, value in batch.items() if key not in TARGET_NAMES})
-    return batch
+def _unlabelled(model: nn.Module, batch: Any) -> Any:
+    """Return a batch without what only a loss needs; a decoder that is fed the labels keeps them."""
+    fed = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not isinstance(batch, dict) or (fed and not any(key.startswith("decoder_input") for key in batch)):
+        return batch
+    return type(batch)({key: value for key, value in batch.items() if key not in TARGET_NAMES})

@@ -5,7 +5,8 @@ numbers, finite, positive and small: the fake result of a comparison, and of log
 `isfinite(norm)` is true, `norm > limit`, `(x == 0).any()` and `x > 0.5` are false. A loop that waits for a truth to
 change (draw again what lies outside) sees it change after some hundred rounds.
 
-What a batch holds is known: a comparison of it (which images are padding?) is computed for real.
+What a batch holds is known, and so is what is made of it and of real tensors alone, before weights come in (a mask of 0
+and -inf for all pairs of tokens): such values are read as they are, and compared for real (which images are padding?).
 
 Each answer that the user's program got is noted with its line.
 """
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
-from floatline.observe.real import really
+from floatline.observe.real import REAL_BYTES, really, tensors_in
 
 if TYPE_CHECKING:
     from floatline.observe.fake import Faking
@@ -28,16 +30,16 @@ ORDINARY = 2.0**-10
 PATIENCE = 100
 """Times that one place in a running function gets the same truth in a row."""
 KNOWN = "_floatline_known"
-"""Attribute of a fake tensor of the batch: the values that it has."""
+"""Attribute of a fake tensor whose values are known: a real tensor that holds them."""
 _NOMINAL = "_floatline_nominal"
-_COPIES = (aten.clone.default, aten._to_copy.default)
 
 
 def item(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
     """One value is read."""
     tensor = args[0]
-    if not mode.is_unknown(tensor):
-        return really(func, args, kwargs)
+    known = getattr(tensor, KNOWN, tensor)
+    if not mode.is_unknown(known):
+        return really(func, (known,), kwargs)
     if tensor.dtype == torch.bool:
         return mode.patient(getattr(tensor, _NOMINAL, False))
     answer = 1.0 if tensor.is_floating_point() else 1
@@ -47,8 +49,11 @@ def item(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
 
 def array(mode: Faking, tensor: torch.Tensor) -> Any:
     """All values are read, as numpy's array; the library that wants them cannot take fake ones."""
+    known = getattr(tensor, KNOWN, None)
+    if known is not None and not mode.is_unknown(known):
+        return known.numpy(force=True).copy()
     mode.assume(f"values of shape {tuple(tensor.shape)} that are read as an array were taken to be 1")
-    with unset_fake_temporarily():
+    with _disable_current_modes(), unset_fake_temporarily():
         return torch.ones(tensor.shape, dtype=tensor.dtype).numpy()
 
 
@@ -61,7 +66,7 @@ def equal(mode: Faking, func: Any, args: Any, kwargs: Any) -> bool:
 
 def truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
     """A comparison, or logic on one: the fake result remembers what it would be for ordinary numbers."""
-    found = _of_the_batch(func, args, kwargs)
+    found = _of_known(mode, func, args, kwargs)
     if found is not None:
         return found
     out = mode.run(func, args, kwargs)
@@ -76,8 +81,8 @@ def truth(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-def _of_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return the real result of a comparison of what the batch holds with real values; None for another one."""
+def _of_known(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the real result of a comparison of known values with real ones; None for another one."""
     if (
         func._schema.returns[0].type.kind() != "TensorType"
         or not hasattr(args[0], KNOWN)
@@ -85,16 +90,45 @@ def _of_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
     ):
         return None
     known = [getattr(value, KNOWN, value) for value in args]
-    if any(isinstance(value, FakeTensor) for value in known):
+    if any(mode.is_unknown(value) for value in known):
         return None
     return really(func, known, kwargs)
 
 
-def keep_known(func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Let a view or a copy of a tensor of the batch know its values too."""
-    known = getattr(args[0], KNOWN, None) if args else None
-    if known is not None and isinstance(out, FakeTensor) and (func.is_view or func in _COPIES):
-        setattr(out, KNOWN, really(func, (known, *args[1:]), kwargs))
+def know(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Keep the values of a fake result of real arguments, unless it is a huge new tensor."""
+    if isinstance(out, FakeTensor) and (func.is_view or out.numel() * out.element_size() <= REAL_BYTES):
+        setattr(out, KNOWN, really(func, args, kwargs))
+
+
+def write_known(mode: Faking, func: Any, args: Any, kwargs: Any, written: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Write into known values what is written into the fake tensor that has them; return those that are lost by it."""
+    known = [getattr(tensor, KNOWN) for tensor in written if hasattr(tensor, KNOWN)]
+    if not known:
+        return []
+    args, kwargs = _with_known(args), _with_known(kwargs)
+    if any(mode.is_unknown(tensor) for tensor in tensors_in((args, kwargs))):
+        return known
+    really(func, args, kwargs)
+    return []
+
+
+def _with_known(tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_with_known(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _with_known(value) for key, value in tree.items()}
+    return getattr(tree, KNOWN, tree)
+
+
+def keep_known(mode: Faking, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Let what is made of known values alone know its values too; a large result only where it is a view."""
+    inputs = tensors_in((args, kwargs))
+    if not isinstance(out, FakeTensor) or any(isinstance(t, FakeTensor) and not hasattr(t, KNOWN) for t in inputs):
+        return
+    args, kwargs = _with_known(args), _with_known(kwargs)
+    if not any(mode.is_unknown(tensor) for tensor in tensors_in((args, kwargs))):
+        know(func, args, kwargs, out)
 
 
 def check(mode: Faking, func: Any, args: Any, kwargs: Any) -> Any:

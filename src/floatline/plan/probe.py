@@ -56,7 +56,7 @@ def probe(work: Workload) -> Probe:
         ModelError: The model cannot be built without memory.
     """
     with faking() as mode:
-        model = fake_model(work.model, mode)
+        model = fake_model(work, mode)
         optimizer = work.build_optimizer(model)
         with _disable_current_modes(), unset_fake_temporarily():
             batch = work.build_batch()

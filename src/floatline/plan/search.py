@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from floatline.errors import ConfigError
+from floatline.errors import FloatlineError
 from floatline.plan.estimate import Estimate
 from floatline.plan.ladder import Candidate, Rejected, Rung, candidates, most_micro_batches
 from floatline.plan.probe import Probe
@@ -82,10 +82,9 @@ def _excluded(candidate: Candidate, exclude: Sequence[str], exact: bool) -> str:
 def _try(found: Found, candidate: Candidate, attempt: Attempt, again: bool) -> None:
     technique = make_technique(candidate.text)
     others = [other for other in found.techniques if other.name != technique.name]
-    try:
-        estimate = attempt([*others, technique])
-    except ConfigError as error:
-        _reject(found, candidate.name, error.message)
+    estimate = _survived(attempt, [*others, technique])
+    if isinstance(estimate, str):
+        _reject(found, candidate.name, estimate)
         return
     before = found.estimate
     saved = before.fit.needed - estimate.fit.needed
@@ -100,6 +99,21 @@ def _try(found: Found, candidate: Candidate, attempt: Attempt, again: bool) -> N
         _reject(found, candidate.name, f"saves {max(0, saved) / 2**20:.0f} MiB here: {where}")
 
 
+def _survived(attempt: Attempt, techniques: Sequence[Technique]) -> Estimate | str:
+    """Return the estimate, or why a program that runs without these techniques does not run with them.
+
+    What a model does not survive is not known beforehand: one that keeps state from forward to forward cannot be
+    recomputed, and torch says so in an error of its own.
+    """
+    try:
+        return attempt(techniques)
+    except FloatlineError as error:
+        return error.message
+    except Exception as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        return f"the model does not run with it: {type(error).__name__}: {said}"
+
+
 def _prune(found: Found, attempt: Attempt, fixed: int) -> None:
     """Take off what the run fits without, the dearest first; the last one added was needed."""
     cost = {rung.added: rung.slowdown for rung in found.ladder}
@@ -108,8 +122,8 @@ def _prune(found: Found, attempt: Attempt, fixed: int) -> None:
         if technique.name == "accumulation" or _is_needed(found, technique):  # the first is widened instead
             continue
         rest = [other for other in found.techniques if other is not technique]
-        estimate = attempt(rest)
-        if estimate.fit:
+        estimate = _survived(attempt, rest)
+        if not isinstance(estimate, str) and estimate.fit:
             found.techniques, found.estimate = rest, estimate
             _reject(found, technique.name, "the run fits without it, with what came after it on the ladder")
 
@@ -137,8 +151,8 @@ def _widen(found: Found, attempt: Attempt, probe: Probe) -> None:
     while low < high:
         middle = (low + high) // 2
         cut = [make_technique("accumulation", {"micro_batches": numbers[middle]})] if numbers[middle] > 1 else []
-        estimate = attempt([*others, *cut])
-        if estimate.fit:
+        estimate = _survived(attempt, [*others, *cut])
+        if not isinstance(estimate, str) and estimate.fit:
             high = middle
             found.techniques, found.estimate = [*others, *cut], estimate
         else:

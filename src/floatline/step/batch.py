@@ -57,12 +57,29 @@ def default_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """
     output = call_model(model, batch)
     loss = output["loss"] if isinstance(output, dict) and "loss" in output else getattr(output, "loss", output)
+    hint = "put labels into the batch, or pass loss=(model, batch) -> scalar"
+    return scalar(loss, type(model).__name__, hint)
+
+
+def scalar(loss: Any, source: str = "the loss function", hint: str = "return one number: the mean over targets") -> Any:
+    """Return a loss as a 0-d tensor.
+
+    Args:
+        loss: What `source` returned.
+        source: Who returned it, for the error.
+        hint: What to do about it.
+
+    Raises:
+        ModelError: It is no tensor of one element, or has no gradient where gradients are on.
+    """
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ModelError(
+                f"the loss of {source} depends on no trainable parameter",
+                hint="look for detach() and no_grad() on the way to it, and for layers that are frozen",
+            )
         return loss.reshape(())
-    raise ModelError(
-        f"{type(model).__name__} returned {_describe(loss)}, not a scalar loss",
-        hint="put labels into the batch, or pass loss=(model, batch) -> scalar",
-    )
+    raise ModelError(f"{source} returned {_describe(loss)}, not a scalar loss", hint=hint)
 
 
 def _describe(value: Any) -> str:

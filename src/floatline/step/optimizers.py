@@ -38,11 +38,12 @@ def make_optimizer(
         before: Names by id, as `names_of` gave them before.
 
     Raises:
-        ConfigError: An existing optimizer lacks parameters that a technique has added.
+        ConfigError: An existing optimizer lacks parameters that a technique has added; a factory returns none, or one
+            that wants to run the model itself.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not isinstance(optimizer, torch.optim.Optimizer):
-        return optimizer(trainable)
+        return _steps_alone(optimizer(trainable))
     rebind(optimizer, before, model)
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     added = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known and id(p) not in before]
@@ -50,6 +51,20 @@ def make_optimizer(
         raise ConfigError(
             f"{len(added)} parameters that a technique added are not in the optimizer, first {added[0]}",
             hint="pass optimizer=lambda params: torch.optim.AdamW(params, ...) instead of an optimizer",
+        )
+    return optimizer
+
+
+def _steps_alone(optimizer: Any) -> torch.optim.Optimizer:
+    """Refuse what is no optimizer, and one whose step needs a closure (LBFGS)."""
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigError(
+            f"the optimizer factory returned a {type(optimizer).__name__}", hint="return a torch.optim.Optimizer"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS runs the model several times in one step, which TrainStep does not do",
+            hint="take an optimizer whose step() needs no closure",
         )
     return optimizer
 

@@ -30,7 +30,7 @@ from floatline.precision import (
     apply_precision,
 )
 from floatline.precision import resolve as resolve_precision
-from floatline.step.batch import Batch, LossFunction, default_loss, move, target_count
+from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
 from floatline.step.guard import Guard, Sentinel
 from floatline.step.norm import total_norm
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
@@ -245,7 +245,7 @@ class TrainStep:
         for micro_batch, weight in weighted(micro_batches, self.count, self.ranks):
             with self.stack.during():
                 with self.stack.around(), self.precision.autocast():
-                    loss = self.loss(self.model, move(micro_batch, self.device))
+                    loss = scalar(self.loss(self.model, move(micro_batch, self.device)))
                 if weight is not None:
                     loss = loss.float() * weight
                 if self._in_backward:

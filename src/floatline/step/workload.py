@@ -59,7 +59,10 @@ class Workload:
 
     def build_batch(self) -> Batch:
         """Return the batch, made anew where `batch` is a factory."""
-        return self.batch() if callable(self.batch) else self.batch
+        batch = self.batch() if callable(self.batch) else self.batch
+        if batch is None:
+            raise ConfigError("the batch factory returned None", hint="return a dict, a tuple or a tensor")
+        return batch
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over the model's trainable parameters."""

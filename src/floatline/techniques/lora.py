@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from floatline.techniques.adapters.targets import is_transposed_linear, matched_
 from floatline.techniques.base import MARK, Applied, Stage, Technique
 from floatline.techniques.freezing import select_parameters
 from floatline.techniques.layers import outermost
-from floatline.techniques.placement import holds_fakes
+from floatline.techniques.placement import fakes_change_in_place, holds_fakes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> Non
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it itself, for each layer
         try:
-            with _fakes_change_in_place() if holds_fakes(model) else nullcontext():
+            with fakes_change_in_place() if holds_fakes(model) else nullcontext():
                 _peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         except (ValueError, TypeError, RuntimeError) as error:  # peft's own rules of what it can adapt
             raise ConfigError(f"peft cannot adapt these layers: {error}", hint="set lora.targets to others") from error
@@ -219,25 +219,6 @@ def _inject(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> Non
         accept_plain_weights(layer)
     for part in _fused_in_evaluation(model, tuple(targets)):
         part.activation_relu_or_gelu = 0
-
-
-@contextmanager
-def _fakes_change_in_place() -> Iterator[None]:
-    """Context in which `Module.to`, by which peft places adapters, works on fake parameters.
-
-    It swaps those for new ones, and fails as soon as a weak reference to one exists; torch's cache of fake operations
-    holds such.
-    """
-    swap = torch.utils.swap_tensors
-
-    def change(tensor: torch.Tensor, other: torch.Tensor) -> None:
-        tensor.data = other.data
-
-    torch.utils.swap_tensors = change
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = swap
 
 
 def _fused_in_evaluation(model: nn.Module, targets: tuple[str, ...]) -> list[Any]:

@@ -121,6 +121,28 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+@contextmanager
+def fakes_change_in_place() -> Iterator[None]:
+    """Context in which `Module.to`, `.half()`, `.to_empty()` and so on work on fake parameters.
+
+    torch swaps those for new ones, and fails as soon as a weak reference to one exists; its cache of fake operations
+    holds such.
+    """
+    swap = torch.utils.swap_tensors
+
+    def change(tensor: torch.Tensor, other: torch.Tensor) -> None:
+        if is_fake(tensor):
+            tensor.data = other.data
+        else:
+            swap(tensor, other)
+
+    torch.utils.swap_tensors = change
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap
+
+
 def holds_fakes(model: nn.Module) -> bool:
     """Say whether a model's parameters are fake."""
     return any(is_fake(parameter) for parameter in model.parameters())

@@ -6,7 +6,8 @@ formula holds for the next processor. But an op that takes milliseconds can simp
 What was alive at the most beyond what is left at the end is the op's scratch.
 
 Not covered: memory that a library takes by `malloc` behind torch's back, and what worker threads allocate for
-themselves; `record_allocations` does not see them either. While a profiler runs nothing can be measured.
+themselves; `record_allocations` does not see them either; ops on sparse tensors; ops whose scratch depends on values
+(`matrix_exp` of a matrix of small norm takes less than is measured). While a profiler runs nothing can be measured.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def measure(func: Any, args: Any, kwargs: Any) -> Measured | None:
     >>> measure(torch.ops.aten.sum.default, (bits,), {})  # it adds up a copy in int64
     Measured(extra=8192, kept=8, storages=(8,))
     """
-    if torch.autograd._profiler_enabled():
+    if _any_sparse((args, kwargs)) or torch.autograd._profiler_enabled():
         return None
     with _disable_current_modes(), unset_fake_temporarily(), torch.random.fork_rng(devices=()):
         try:
@@ -63,11 +64,17 @@ def measure(func: Any, args: Any, kwargs: Any) -> Measured | None:
                 out = func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, NotImplementedError):
             return None  # values matter to it
+    if _any_sparse(out):
+        return None
     live = most = 0
     for nbytes in events:
         live += nbytes
         most = max(most, live)
     return Measured(most - max(live, 0), live, tuple(t.untyped_storage().nbytes() for t in tensors_in(out)))
+
+
+def _any_sparse(tree: Any) -> bool:
+    return any(tensor.layout is not torch.strided for tensor in tensors_in(tree))
 
 
 class Like:
