@@ -104,14 +104,15 @@ def test_assumptions_name_the_line_of_the_model():
     assert text.startswith("a value that is read was taken to be 1.0 (observe/test_trace.py:")
 
 
-def test_a_sparse_matrix_in_a_forward_counts_by_its_parts():
+@pytest.mark.parametrize("hardware, precision", [("cpu", "32-true"), ("t4", "16-mixed")])
+def test_a_sparse_matrix_in_a_forward_counts_by_its_parts(hardware, precision):
     def loss(model, batch):
         edges = torch.stack([torch.arange(300), torch.arange(300).flip(0)])
         graph = torch.sparse_coo_tensor(edges, torch.ones(300), (300, 300))
         return torch.sparse.mm(graph, model(*batch)).square().mean()
 
     work = Workload(model=lambda: torch.nn.Linear(8, 8), batch=lambda: (torch.ones(300, 8),), loss=loss)
-    sizes = {made.nbytes for made in trace(work, hardware="cpu", precision="32-true").storages}
+    sizes = {made.nbytes for made in trace(work, hardware=hardware, precision=precision).storages}
     assert 300 * 8 * 4 in sizes and 300 * 300 * 4 not in sizes
 
 

@@ -144,6 +144,8 @@ class Faking(TorchDispatchMode):
             return False
         if isinstance(value, FakeTensor):
             return True
+        if value.layout is not torch.strided:
+            return False  # a sparse tensor has no storage to remember
         return bool(self._overwritten) and value.untyped_storage()._cdata in self._overwritten
 
     def _after_writing(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -162,7 +164,8 @@ class Faking(TorchDispatchMode):
 
     def _overwrite(self, out: Any) -> None:
         for tensor in tensors_in(out):
-            if not isinstance(tensor, FakeTensor) and not self.is_unknown(tensor):
+            strided = tensor.layout is torch.strided
+            if strided and not isinstance(tensor, FakeTensor) and not self.is_unknown(tensor):
                 storage = tensor.untyped_storage()
                 self._overwritten.add(storage._cdata)
                 weakref.finalize(storage, self._overwritten.discard, storage._cdata).atexit = False
