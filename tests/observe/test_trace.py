@@ -6,6 +6,7 @@ from functools import partial
 import other_models
 import pytest
 import torch
+from torch import nn
 
 import zoo
 from floatline.errors import ConfigError, ModelError
@@ -135,3 +136,21 @@ def test_inference_of_an_encoder_decoder_feeds_the_decoder():
         model=lambda: transformers.T5ForConditionalGeneration(config), batch={"input_ids": ids, "labels": ids}
     )
     assert trace(work, hardware="t4", mode="inference").flops > 0
+
+
+def test_lazy_modules_get_their_shapes_first():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LazyLinear(64), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1))
+
+    def loss(model, batch):
+        return model(*batch).square().mean()
+
+    work = Workload(model=net, batch=lambda: (torch.ones(8, 32),), loss=loss)
+    known = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 1))
+    traced = trace(work, hardware="cpu", precision="32-true")
+    other = trace(Workload(model=known, batch=work.batch, loss=loss), hardware="cpu", precision="32-true")
+    assert peak_of(traced.events)[0] == pytest.approx(peak_of(other.events)[0], abs=16)
+    with pytest.raises(ModelError, match="Sequential holds lazy modules") as caught:
+        trace(Workload(model=net(), batch=work.batch, loss=loss), hardware="cpu", precision="32-true")
+    assert "one batch through it" in caught.value.hint

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, unset_fake_temporarily
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +19,7 @@ from floatline.errors import ConfigError, FloatlineError, ModelError
 from floatline.observe.fake import Faking
 from floatline.observe.real import is_small
 from floatline.observe.values import KNOWN
+from floatline.step.batch import default_loss
 from floatline.step.workload import Workload
 
 
@@ -30,7 +32,16 @@ def fake_model(work: Workload, mode: Faking) -> nn.Module:
     """
     if not isinstance(work, Workload):
         raise ConfigError(f"a {type(work).__name__} is not a Workload", hint="wrap it: fl.Workload(model, batch, loss)")
-    made = _copied(work.model, mode) if isinstance(work.model, nn.Module) else _built(work.build_model)
+    made = work.model if isinstance(work.model, nn.Module) else _built(work.build_model)
+    if any(is_lazy(parameter) for parameter in made.parameters()):
+        if made is work.model:
+            raise ModelError(
+                f"{type(made).__name__} holds lazy modules without shapes, which cannot be copied",
+                hint="run one batch through it first, or pass a factory of the model",
+            )
+        made = _copied(_filled(work), mode)
+    elif made is work.model:
+        made = _copied(made, mode)
     fake_parameters(made, mode)
     return made
 
@@ -45,6 +56,14 @@ def _built(factory: Callable[[], nn.Module]) -> nn.Module:
             f"the model cannot be built without its memory: {str(error).splitlines()[0]}",
             hint="build it on the CPU, from its config, without loading weights or moving it to a GPU",
         ) from error
+
+
+def _filled(work: Workload) -> nn.Module:
+    """Return a model of lazy modules after a first forward, which gives them their shapes. It runs for real."""
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        model = work.build_model()
+        (work.loss or default_loss)(model, work.build_batch())
+        return model
 
 
 def _copied(model: nn.Module, mode: Faking) -> nn.Module:
