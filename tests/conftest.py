@@ -1,6 +1,7 @@
 """What tests share: a small real data set and model for runs (made once a session), and the zoo of tiny models."""
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(EXAMPLES / "digits"), str(HERE), str(HERE / "contracts")]
 
 import zoo as models  # noqa: E402
+
+# One fork server serves all tests, whichever starts it: with what a worker needs imported once, not by each worker.
+multiprocessing.set_forkserver_preload(
+    ["floatline.train.hub", "floatline.train.data", "torchdata.stateful_dataloader", "transformers.modeling_utils"]
+)
 
 
 @pytest.fixture(scope="session")

@@ -182,4 +182,5 @@ def _say_changes(found: Found, probe: Probe, fixed: set[str]) -> None:
         for candidate in candidates(probe)
         if candidate.changes and candidate.name in used
     ]
-    found.estimate = replace(found.estimate, notes=(*found.estimate.notes, *notes))
+    if notes:
+        found.estimate = replace(found.estimate, notes=(*found.estimate.notes, *notes))

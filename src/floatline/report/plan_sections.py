@@ -164,7 +164,7 @@ def _ladder(plan: Plan) -> Section:
                      _signed(saved) if rung.added else "", f"×{rung.slowdown:.2f}", found.verdict,
                      ", ".join(marks)))  # fmt: skip
         below = found if rung.kept else below
-    if plan.estimate is not below:
+    if sorted(plan.estimate.techniques) != sorted(below.techniques):
         named = ", ".join(plan.techniques) or "nothing"
         rows.append((f"the plan: {named}", bytes_text(plan.estimate.fit.needed), "", _times(plan.estimate, plan),
                      plan.verdict, "what is not needed taken off"))  # fmt: skip
