@@ -225,28 +225,32 @@ class Recorder(Faking):
         """Return the number of a tensor's storage, None for one that was never seen."""
         return self._numbers.get(tensor.untyped_storage()._cdata)
 
-    def enroll(self, tensors: Any, category: Category, op: str = "") -> None:
-        """Record tensors that came into being outside of an op (a batch, a copied model), and say what they are for."""
+    def enroll(self, tensors: Any, category: Category, owner: str | None = None) -> None:
+        """Record tensors that came into being outside of an op (a batch, a copied model), and say what they are for.
+
+        Args:
+            tensors: What to record.
+            category: What it is for.
+            owner: The module that it belongs to, whichever op made it; None leaves that as it is known.
+        """
         for tensor in tensors:
             for part in plain_parts(tensor):
-                self._born(part, op or category.value, self.phase, self.modules[-1])
+                self._born(part, category.value, self.phase, self.modules[-1])
                 number = self.number_of(part)
                 if number is not None:
                     made = self.trace.storages[number]
                     made.category = category
-                    if made.phase is Phase.START:
+                    if owner is not None:
+                        made.module = owner
+                    elif made.phase is Phase.START:
                         made.module = made.module or self.modules[-1]
 
     def enroll_model(self, model: nn.Module) -> None:
         """Say which storages are the model's, by module; called again it finds what techniques have added."""
         for name, module in model.named_modules():
             self.modules.append(name)
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self.enroll([parameter], Category.PARAMETER)
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    self.enroll([buffer], Category.BUFFER)
+            self.enroll((p for p in module._parameters.values() if p is not None), Category.PARAMETER)
+            self.enroll((b for b in module._buffers.values() if b is not None), Category.BUFFER)
             self.modules.pop()
 
     def enroll_batch(self, batch: Any) -> None:
@@ -256,12 +260,7 @@ class Recorder(Faking):
         """Gradients belong to the modules that own the parameters, whichever op added them up."""
         for name, module in model.named_modules():
             gradients = [p.grad for p in module._parameters.values() if p is not None and p.grad is not None]
-            for gradient in gradients:
-                self.enroll([gradient], Category.GRADIENT)
-                for part in plain_parts(gradient):
-                    number = self.number_of(part)
-                    if number is not None:
-                        self.trace.storages[number].module = name
+            self.enroll(gradients, Category.GRADIENT, owner=name)
 
     def enroll_state(self, optimizer: torch.optim.Optimizer) -> None:
         states = (value for state in optimizer.state.values() for value in state.values())

@@ -73,9 +73,7 @@ def _layers(probe: Probe, last: Estimate) -> str:
 
 
 def _adam(probe: Probe, last: Estimate) -> str:
-    if not last.states.get("optimizer state"):
-        return "the optimizer keeps no state"
-    return "" if probe.adam else f"it replaces AdamW, the optimizer is {probe.optimizer}"
+    return _state(probe, last) or ("" if probe.adam else f"it replaces AdamW, the optimizer is {probe.optimizer}")
 
 
 def _state(probe: Probe, last: Estimate) -> str:

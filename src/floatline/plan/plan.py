@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from floatline.hardware import Hardware, resolve
 from floatline.plan.advice import Advice, advise
 from floatline.plan.allocator import AllocatorSettings
@@ -22,7 +20,7 @@ from floatline.plan.export import recipe_of
 from floatline.plan.ladder import Rejected, Rung
 from floatline.plan.probe import Probe, probe
 from floatline.plan.search import climb
-from floatline.plan.traces import TraceCache
+from floatline.plan.traces import TraceCache, rank_count
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Workload
@@ -139,7 +137,7 @@ class Trials:
     ) -> Estimate:
         """Return the estimate with these techniques, on the plan's device or another."""
         hardware, precision = hardware or self.hardware, precision or self.precision
-        ranks = _ranks()
+        ranks = rank_count()
         key = (" ".join(sorted(map(str, techniques))), hardware.name, str(precision), ranks)
         if key not in self.known:
             names = ", ".join(make_technique(technique).name for technique in techniques) or "the plain step"
@@ -207,12 +205,8 @@ def plan(
         probe=facts,
         trials=len(trials.known),
         max_grad_norm=max_grad_norm,
-        ranks=_ranks(),
+        ranks=rank_count(),
     )
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from floatline.hardware import Hardware
 from floatline.observe.events import Trace
 from floatline.observe.trace import trace
@@ -64,7 +66,7 @@ class TraceCache:
             ModelError: As `trace`.
         """
         policy = resolve_precision(precision, hardware).policy
-        key = (rules_of(hardware), str(policy), tuple(sorted(map(str, techniques))), mode, _ranks(),
+        key = (rules_of(hardware), str(policy), tuple(sorted(map(str, techniques))), mode, rank_count(),
                tuple(sorted(settings.items())))  # fmt: skip
         if key not in self._kept:
             made = trace(
@@ -76,9 +78,8 @@ class TraceCache:
         return kept if name == hardware.name else _told_of(kept, name, hardware.name)
 
 
-def _ranks() -> int:
-    import torch
-
+def rank_count() -> int:
+    """Return how many processes train together, pretended ones (`fake_ranks`) included."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 

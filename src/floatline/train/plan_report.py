@@ -55,7 +55,9 @@ def report_on_recipe(request: PlanRequest, overrides: list[str], progress: Progr
         estimate=decided.estimate,
         precision_reason=decided.precision_reason,
         plan=decided,
-        table={} if quick else component_table(work, asked.hardware, progress, traces=traces),
+        table={}
+        if quick
+        else component_table(work, asked.hardware, progress, allocator=request.allocator, traces=traces),
         settings=settings_of(decided),
         gaps=not_expressible(decided),
     )
