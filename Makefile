@@ -23,8 +23,8 @@ $(DIGITS)/model/config.json: $(DIGITS)/data/test.jsonl examples/digits/tiny_vlm.
 demo: $(DIGITS)/model/config.json ## train a vision-language model on real images (minutes, CPU), print where its report is
 	$(BIN)/floatline train examples/digits/recipe.yaml
 
-test: $(STAMP) ## run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(STAMP) ## run the whole test suite, on up to four cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal
 
 check: $(STAMP) ## lint, types, doctests, generated docs up to date
 	$(BIN)/ruff check .

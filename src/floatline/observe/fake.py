@@ -47,6 +47,7 @@ from floatline.techniques.placement import fakes_change_in_place
 
 _ONE_AT_A_TIME = threading.RLock()
 _VALUES_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+_DEVICE = torch.ops.prim.device.default
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
 _SPECIAL: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {**values.READING, **selection.SELECTING, **LAID_OUT}
 
@@ -68,7 +69,14 @@ class Faking(TorchDispatchMode):
         self._overwritten: set[int] = set()  # addresses of real storages that hold values nobody knows
         self._asked: tuple[tuple[int, int], bool, int] = ((0, 0), False, 0)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles below this mode, and torch's guard against it costs a tenth of a trace."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # two of three calls; asked by autograd for each tensor that passes
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = _off_meta(args, kwargs or {})
         if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
@@ -79,6 +87,10 @@ class Faking(TorchDispatchMode):
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Called after each op; for observers."""
+
+    def steers(self) -> bool:
+        """Say whether the values of what is made now may steer the program; state of an optimizer does not."""
+        return True
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op on fake tensors, or for real where that is small and possible."""
@@ -104,8 +116,9 @@ class Faking(TorchDispatchMode):
             guess = func(*args, **kwargs)  # the fake kernel says how large the result will be
         except (*_VALUES_UNKNOWN, UnsupportedOperatorException):
             return really(func, args, kwargs)
-        if all(is_small(tensor) and not tensor.is_meta for tensor in tensors_in(guess)):
-            return really(func, args, kwargs)
+        if inputs or self.steers():
+            if all(is_small(tensor) and not tensor.is_meta for tensor in tensors_in(guess)):
+                return really(func, args, kwargs)
         if inputs and not any(self.is_unknown(tensor) or tensor.is_meta for tensor in inputs):
             values.know(func, args, kwargs, guess)
         return guess

@@ -99,6 +99,9 @@ class Recorder(Faking):
         if self.update >= 0:
             self._add_cost(func, args, kwargs, out, phase, name)
 
+    def steers(self) -> bool:
+        return self.phase is not Phase.OPTIMIZER
+
     def _place(self) -> tuple[Phase, str]:
         """Return the phase and the module that the present op belongs to."""
         node = torch._C._current_autograd_node()
