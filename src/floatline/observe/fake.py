@@ -116,9 +116,9 @@ class Faking(TorchDispatchMode):
             guess = func(*args, **kwargs)  # the fake kernel says how large the result will be
         except (*_VALUES_UNKNOWN, UnsupportedOperatorException):
             return really(func, args, kwargs)
-        if inputs or self.steers():
-            if all(is_small(tensor) and not tensor.is_meta for tensor in tensors_in(guess)):
-                return really(func, args, kwargs)
+        may_steer = bool(inputs) or self.steers()
+        if may_steer and all(is_small(tensor) and not tensor.is_meta for tensor in tensors_in(guess)):
+            return really(func, args, kwargs)
         if inputs and not any(self.is_unknown(tensor) or tensor.is_meta for tensor in inputs):
             values.know(func, args, kwargs, guess)
         return guess
