@@ -10,7 +10,8 @@ from torch import nn
 
 import floatline as fl
 from floatline.errors import ConfigError, NonFiniteError
-from floatline.step.guard import What, can_select, step_by_select
+from floatline.step import What
+from floatline.techniques.optim_steps.select_step import can_select, step_by_select
 
 NAN, INF = float("nan"), float("inf")
 
@@ -67,11 +68,93 @@ def test_a_gradient_fault_with_a_finite_loss_is_seen():
     assert not model.weight.isnan().any()
 
 
-def test_one_bad_micro_batch_condemns_the_update():
-    step = make()
+def test_one_bad_micro_batch_condemns_the_update_where_the_loss_is_not_read():
+    step = make(check="after-backward")
     before = snapshot(step)
     step([torch.ones(2, 3), torch.full((2, 3), NAN)])
     assert same(before, step)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "16-true"])
+def test_one_bad_micro_batch_alone_is_left_out_and_the_others_weigh_what_they_should(precision):
+    good = [torch.randn(3, 3), torch.randn(5, 3)]
+    steps = [make(precision, optimizer=torch.optim.SGD) for _ in range(2)]
+    for step in steps:
+        while not step(torch.ones(4, 3)).applied:
+            pass
+    plain = steps[0](good)
+    out = steps[1]([good[0], torch.full((2, 3), NAN), good[1]])
+    assert bool(out.applied) and out.left_out == (1,) and math.isfinite(out.loss)
+    tolerance = 1e-6 if precision == "32-true" else 2e-2
+    assert out.loss.item() == pytest.approx(plain.loss.item(), rel=tolerance)
+    for ours, theirs in zip(snapshot(steps[1]), snapshot(steps[0]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    skip = steps[1].sentinel.skips[-1]
+    assert skip.made and skip.micro_batches == (1,) and math.isnan(skip.loss)
+    assert skip.reason == f"micro-batch 1 was left out of update {skip.step}: its loss was nan"
+    assert steps[1].sentinel.skipped == steps[0].sentinel.skipped  # the update was made
+    assert steps[1].sentinel.faults == 1
+
+
+def test_a_loss_that_is_not_finite_has_no_backward():
+    step = make()
+    backwards = []
+    step.model.weight.register_hook(lambda gradient: backwards.append(1))
+    out = step(torch.full((4, 3), NAN))
+    assert not backwards and not bool(out.applied) and math.isnan(out.grad_norm)
+    step(torch.ones(4, 3))
+    assert backwards
+
+
+def test_whose_gradient_was_at_fault_is_told():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"good": nn.Linear(3, 1, bias=False), "bad": nn.Linear(3, 1, bias=False)})
+    nn.init.zeros_(model["bad"].weight)
+    step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="32-true",
+                        loss=lambda m, b: m["good"](b).sum() + m["bad"](b).square().sum().sqrt())  # fmt: skip
+    step(torch.ones(2, 3))
+    skip = step.sentinel.skips[0]
+    assert skip.what is What.GRADIENT and skip.parameters == ("bad.weight",)
+    assert skip.reason.endswith(": bad.weight")
+
+
+def test_masters_are_named_like_the_weights():
+    step = make("16-true")
+    step.loss = lambda m, b: (m(b).float().sum() - m(b).float().sum()).sqrt()
+    while step.scaling.current() > 1.0:
+        step(torch.ones(2, 3))
+    step(torch.ones(2, 3))
+    assert set(step.sentinel.skips[-1].parameters) == {"weight", "bias"}
+
+
+def test_overflow_at_a_scale_of_one_is_a_fault():
+    step = make("16-mixed", max_overflows_in_a_row=100, max_faults_in_a_row=2)
+    step.loss = lambda m, b: m(b).float().sum() * 1e30
+    with pytest.raises(NonFiniteError, match=r"2 skipped updates in a row: the gradient norm was inf"):
+        for _ in range(40):
+            step(torch.ones(4, 3))
+    assert step.scaling.current() <= 1.0
+
+
+def test_faults_are_bounded_in_all():
+    step = make(max_faults=3)
+    with pytest.raises(NonFiniteError, match=r"stopped after 3 faults in all, the last: the loss was nan at update 5"):
+        for value in (NAN, 1, NAN, 1, NAN):
+            step(torch.full((4, 3), float(value)))
+
+
+def test_stop_stops_at_the_first():
+    step = make(on_fault="stop")
+    with pytest.raises(NonFiniteError, match="stopped at the first fault: the loss was nan at update 1"):
+        step(torch.full((4, 3), INF))
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("on_fault", "ignore", "skip, rollback, stop, heal"),
+                                                    ("check", "never", "auto, before-backward"),
+                                                    ("max_rollbacks", 0, "1 or more")])  # fmt: skip
+def test_settings_are_checked(key, value, said):
+    with pytest.raises(ConfigError, match=rf"guard\.{key} is .*\nhint: .*{said}"):
+        fl.Guard(**{key: value})
 
 
 def test_overflow_under_loss_scaling_is_routine_and_halves_the_scale():

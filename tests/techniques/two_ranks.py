@@ -17,10 +17,10 @@ from torch import nn
 import floatline as fl
 import zoo
 from floatline.errors import ConfigError, FloatlineError
-from floatline.step.guard import step_by_select
 from floatline.techniques.batches.rows import cut_rows
 from floatline.techniques.distributed.groups import join_ranks
 from floatline.techniques.distributed.shards import full_tensor
+from floatline.techniques.optim_steps.select_step import step_by_select
 
 ZOO = {case.name: case for case in zoo.CASES}
 

@@ -30,6 +30,10 @@ class NoLossScaling:
         """Return the loss scale (on CUDA reading it waits for the device), None without scaling."""
         return None
 
+    def tensor(self) -> torch.Tensor | None:
+        """Return the loss scale as a tensor on its device, None without scaling or before the first update."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -68,6 +72,10 @@ class LossScaling(NoLossScaling):
 
     def current(self) -> float:
         return float(self.scaler.get_scale())
+
+    def tensor(self) -> torch.Tensor | None:
+        scale: torch.Tensor | None = self.scaler._scale
+        return scale
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()

@@ -4,7 +4,7 @@
     then once:             unscale, judge, clip, update, schedule, forget the gradients
 
 The maths is that of a bare PyTorch loop; what is added is the weighting (micro-batches sum up to the full batch) and
-the verdict (a non-finite update is not made).
+the verdict (a non-finite update is not made; guard.py says what else happens).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +31,17 @@ from floatline.precision import (
 )
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
-from floatline.step.guard import Guard, Sentinel
-from floatline.step.norm import total_norm
+from floatline.step.guard import Guard
+from floatline.step.live_buffers import LiveBuffers
+from floatline.step.norm import gradient_norms, total_of
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
+from floatline.step.reading import Reading
+from floatline.step.rollback import Rollback
+from floatline.step.sentinel import Judged, Sentinel
 from floatline.step.shares import weighted
+from floatline.step.silent import SilentTrouble
 from floatline.step.undisturbed import undisturbed
+from floatline.step.verdict import Skip
 from floatline.techniques import Stack, Technique
 from floatline.techniques.base import hardware_of
 from floatline.techniques.distributed.shards import forget_iteration, laid_out_like
@@ -60,11 +66,33 @@ class StepOutput:
         loss: 0-d, weighted mean over the micro-batches, as it was (NaN included).
         grad_norm: 0-d fp32, total 2-norm of the unscaled gradients before clipping.
         applied: 0-d bool, False where the guard skipped the update.
+        left_out: Indices of micro-batches without which it was made, because their loss was not finite.
+        rolled_back_to: The number of updates that the guard went back to, None where it did not. On CUDA it is the
+            update before whose fault is known by now.
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     applied: torch.Tensor
+    left_out: tuple[int, ...] = ()
+    rolled_back_to: int | None = None
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    """What the forwards and backwards of an update gave.
+
+    Attributes:
+        loss: 0-d, weighted over the micro-batches that count.
+        left_out: Index and loss of those that do not.
+        lost: Their share of the targets.
+        none: No backward was run.
+    """
+
+    loss: torch.Tensor
+    left_out: tuple[tuple[int, float], ...] = ()
+    lost: float = 0.0
+    none: bool = False
 
 
 class TrainStep:
@@ -137,7 +165,34 @@ class TrainStep:
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         if getattr(self.schedule, "optimizer", self.optimizer) is not self.optimizer:
             self.schedule.optimizer = self.optimizer  # type: ignore[union-attr]  # it was made for the one replaced
-        self.sentinel = Sentinel(guard or Guard(), loss_scaling=self.scaling.active)
+        self._make_guard(guard or Guard())
+
+    def _make_guard(self, guard: Guard) -> None:
+        """Make what judges, keeps and goes back.
+
+        Raises:
+            ConfigError: `before-backward` where every forward needs its backward.
+        """
+        self.guard = guard
+        self.buffers = LiveBuffers(self.model)
+        self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active, names=self._parameter_names)
+        self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers)
+        self.sentinel.on_number = self.silent.number
+        self.rollback = Rollback(guard, self.model, self)
+        together = self.stack.find("sharding") is not None or _is_distributed(self.model)
+        if together and guard.check == "before-backward":
+            raise ConfigError(
+                "guard.check is before-backward, but ranks that train together run every backward together",
+                hint="use guard.check=after-backward: all ranks leave the update out",
+            )
+        on_host = guard.check == "before-backward" or (guard.check == "auto" and self.device.type == "cpu")
+        self._early = on_host and not together
+
+    def _parameter_names(self) -> dict[int, str]:
+        """Return the name of each parameter that the optimizer has, masters included, by its id."""
+        names = names_of(self.model)
+        pairs = getattr(self.masters, "pairs", ())
+        return names | {id(master): names[id(own)] for own, master in pairs if id(own) in names}
 
     def _apply_precision(self) -> Callable[[], None]:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -180,28 +235,83 @@ class TrainStep:
                 f"{len(micro_batches)} micro-batches, but the optimizer steps in the backward of each",
                 hint="give one batch an update, or drop optimizer_in_backward",
             )
-        loss = self._accumulate_or_forget(micro_batches)
+        self.rollback.before_update(self.updates)
+        with self.silent.measuring(self.updates + 1) if self._looks() else nullcontext():
+            accumulated = self._accumulate_or_forget(micro_batches)
         with self.stack.update():
-            return self._update(loss)
+            return self._update(accumulated)
 
-    def _update(self, loss: torch.Tensor) -> StepOutput:
+    def _looks(self) -> bool:
+        """Say whether the coming update is one at which silent trouble is looked for; hooks would compile anew."""
+        return self.silent.due(self.updates + 1) and self.stack.find("compile") is None
+
+    def _update(self, accumulated: _Accumulated) -> StepOutput:
         """Judge, clip and step with the gradients that were accumulated."""
+        loss = accumulated.loss
+        if accumulated.none:
+            nothing = torch.full_like(loss, float("nan"), dtype=torch.float32)
+            return self._close(accumulated, nothing, torch.zeros_like(loss, dtype=torch.bool))
         self.masters.pull_gradients()
         self.scaling.unscale(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = self._in_backward.gradient_norm() if self._in_backward else total_norm(parameters)
+        norms = None
+        if self._in_backward:
+            grad_norm = self._in_backward.gradient_norm()
+        else:
+            self._make_up_for(accumulated.lost, parameters)
+            norms = gradient_norms(parameters)
+            grad_norm = total_of(norms[1])
         grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
-        finite = self.sentinel.judge(loss, grad_norm)
+        buffers = self.buffers.norm()
+        finite = self.sentinel.judge(loss, grad_norm, buffers)
         self._clip_gradients(parameters, grad_norm)
+        looks = self.silent.due(self.updates + 1)
+        if looks:
+            self.silent.before_update(parameters)
         if not self._in_backward:  # else it was made there, and asking for the verdict would wait for the device
             self.sentinel.make_update(self.optimizer, finite)
+        if looks:
+            self.silent.after_update(self.updates + 1, parameters, self.optimizer.param_groups, self.scaling.tensor())
         self.masters.push_weights()
+        return self._close(accumulated, grad_norm, finite, norms, buffers)
+
+    def _make_up_for(self, lost: float, parameters: list[torch.Tensor]) -> None:
+        """Weigh the micro-batches that are left as if the others had never been there."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if lost and gradients:
+            torch._foreach_mul_(gradients, 1.0 / (1.0 - lost))
+
+    def _close(
+        self,
+        accumulated: _Accumulated,
+        grad_norm: torch.Tensor,
+        finite: torch.Tensor,
+        norms: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        buffers: torch.Tensor | None = None,
+    ) -> StepOutput:
+        """End the update: put back what must not stay, go on with scale and schedule, count, go back if need be."""
+        loss = accumulated.loss
+        reading = Reading([loss, grad_norm, *([buffers] if buffers is not None else [])])
+        self.buffers.settle(finite)
+        scale = self.scaling.current() if not loss.is_cuda else None
         self.scaling.update(loss)
         self._step_schedule()
+        judged = Judged(self.updates + 1, reading, norms, accumulated.left_out, not accumulated.none, scale)
+        left = tuple(place for place, _ in accumulated.left_out)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        self.sentinel.record(self.updates, loss, grad_norm)
-        return StepOutput(loss, grad_norm, finite)
+        skip = self.sentinel.record(judged)
+        back = self._go_back(skip) if skip is not None and skip.fault and not skip.made else None
+        return StepOutput(loss, grad_norm, finite, left if not accumulated.none else (), back)
+
+    def _go_back(self, skip: Skip) -> int | None:
+        if not self.guard.goes_back:
+            return None
+        counted = self.sentinel.state_dict()
+        back = self.rollback.go_back(skip)
+        self.sentinel.load_state_dict(counted)  # what was counted stays counted
+        self.sentinel.skips[-1] = replace(skip, rolled_back_to=back)
+        return back
 
     def warm_up(self, batch: Batch | list[Batch]) -> dict[str, float]:
         """Run forward and backward of a batch without an update, so that what compiles lazily has compiled.
@@ -223,7 +333,7 @@ class TrainStep:
             self._accumulate_or_forget(batch if isinstance(batch, list) else self.stack.split(batch))
         return self.stack.facts()
 
-    def _accumulate_or_forget(self, micro_batches: list[Batch]) -> torch.Tensor:
+    def _accumulate_or_forget(self, micro_batches: list[Batch]) -> _Accumulated:
         """Accumulate all of an update's gradients; after an exception none is left for the next update to find."""
         if self._torn:
             raise ConfigError(
@@ -239,24 +349,48 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             raise
 
-    def _accumulate(self, micro_batches: list[Batch]) -> torch.Tensor:
-        """Forward and backward of each micro-batch; returns the weighted loss."""
+    def _accumulate(self, micro_batches: list[Batch]) -> _Accumulated:
+        """Forward and backward of each micro-batch; one may be left out before its backward."""
         total: torch.Tensor | None = None
-        for micro_batch, weight in weighted(micro_batches, self.count, self.ranks):
+        left_out: list[tuple[int, float]] = []
+        lost, loss = 0.0, None
+        for place, (micro_batch, weight) in enumerate(weighted(micro_batches, self.count, self.ranks)):
+            if self._early or place == 0:
+                self.buffers.keep()
             with self.stack.during():
                 with self.stack.around(), self.precision.autocast():
                     loss = scalar(self.loss(self.model, move(micro_batch, self.device)))
+                value = loss.item() if self._early else 0.0
+                if value - value != 0.0:
+                    self.buffers.settle(False)
+                    left_out.append((place, value))
+                    lost += 1.0 if weight is None else float(weight)
+                    continue
                 if weight is not None:
                     loss = loss.float() * weight
                 if self._in_backward:
                     self._in_backward.before_backward(loss)
                 self.scaling.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
-        if total is None:
+        if loss is None:
             raise ConfigError(
                 "an update needs at least one micro-batch, the list is empty", hint="leave out updates without data"
             )
-        return self.ranks.sum(total) / self.ranks.size if self.ranks.size > 1 else total
+        if total is None:
+            return _Accumulated(loss.detach(), tuple(left_out), lost, none=True)
+        if lost:
+            total = total / (1.0 - lost)
+        return _Accumulated(self._over_ranks(total), tuple(left_out), lost)
+
+    def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss of all ranks' data, so that all of them judge the same number."""
+        if self.ranks.size > 1:
+            return self.ranks.sum(loss) / self.ranks.size
+        if _is_distributed(self.model):
+            loss = loss.float()
+            torch.distributed.all_reduce(loss)
+            return loss / torch.distributed.get_world_size()
+        return loss
 
     def _step_schedule(self) -> None:
         if self.schedule is None:
@@ -285,6 +419,7 @@ class TrainStep:
             "scaling": self.scaling.state_dict(),
             "masters": self.masters.state(),
             "guard": self.sentinel.state_dict(),
+            "rollback": self.rollback.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule is not None else {},
         }
 
@@ -301,3 +436,8 @@ class TrainStep:
         self.sentinel.load_state_dict(state["guard"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    """Say whether the caller has wrapped the model in torch's DistributedDataParallel."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""The random state of python, numpy and torch, as plain values that load with `weights_only=True`."""
+"""Seeds and random states of the ranks of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from floatline.step.random_state import capture, restore
 from floatline.train.data.sampler import mix_seed
+
+__all__ = ["capture", "restore", "restore_rank", "seed_everything"]
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -17,29 +20,6 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def capture() -> dict[str, Any]:
-    """Return the random state of python, numpy, torch and every CUDA device."""
-    state: Any = np.random.get_state(legacy=True)
-    name, keys, position, has_gauss, gauss = state
-    return {
-        "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore(state: dict[str, Any]) -> None:
-    """Set the random state that `capture` returned; CUDA states for devices that are absent are left out."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def restore_rank(states: list[dict[str, Any]] | dict[str, Any], rank: int) -> None:

@@ -1,0 +1,41 @@
+"""The random state of python, numpy and torch, as plain values that load with `weights_only=True`."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def capture() -> dict[str, Any]:
+    """Return the random state of python, torch and every CUDA device, and of numpy where it is loaded."""
+    return {
+        "python": random.getstate(),
+        "numpy": _numpy(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _numpy() -> tuple[Any, ...] | None:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    return (str(name), torch.from_numpy(keys.astype(numpy.int64)), int(position), int(has_gauss), float(gauss))
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Set the random state that `capture` returned; CUDA states for devices that are absent are left out."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if state["numpy"] is not None:
+        import numpy
+
+        name, keys, position, has_gauss, cached = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,76 @@
+"""Go back to the last snapshot after a fault: how often, and when to stop instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from floatline.errors import NonFiniteError
+from floatline.step.guard import Guard
+from floatline.step.snapshot import Snapshot, Stateful
+from floatline.step.verdict import Skip
+
+
+class Rollback:
+    """Takes snapshots and goes back to them.
+
+    Args:
+        guard: How often, and how many times.
+        model: The model of the step.
+        step: The step.
+
+    Attributes:
+        extras: Name -> what is put back as well: an EMA, a data loader. Fill it before the first update.
+        total: How often it went back in all.
+    """
+
+    def __init__(self, guard: Guard, model: nn.Module, step: Stateful) -> None:
+        self.extras: dict[str, Stateful] = {}
+        self.total = 0
+        self._guard = guard
+        self._model = model
+        self._step = step
+        self._snapshot: Snapshot | None = None
+        self._times = 0
+
+    def before_update(self, updates: int) -> None:
+        """Take a snapshot where one is due. Those that are not finite do not count."""
+        if not self._guard.goes_back:
+            return
+        last = self._snapshot
+        if last is not None and (updates == last.updates or updates % self._guard.snapshot_every):
+            return
+        fresh = Snapshot(self._model, self._step, self.extras)
+        if fresh.is_finite():
+            self._snapshot, self._times = fresh, 0
+
+    def go_back(self, skip: Skip) -> int:
+        """Put the last snapshot back; returns the number of updates that were made then.
+
+        Raises:
+            NonFiniteError: There is none, or it was gone back to too often.
+        """
+        if self._snapshot is None:
+            raise NonFiniteError(
+                f"no finite snapshot to go back to: {skip.reason}",
+                hint="the weights were not finite when the run began; load others",
+            )
+        self._times += 1
+        self.total += 1
+        if self._times > self._guard.max_rollbacks:
+            raise NonFiniteError(
+                f"stopped after going back {self._guard.max_rollbacks} times to update {self._snapshot.updates}: "
+                f"{skip.reason}",
+                hint="diagnose the step (fl.diagnose), or raise guard.max_rollbacks",
+            )
+        self._snapshot.restore(self._model, self._step, self.extras)
+        return self._snapshot.updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how often it went back, for a checkpoint."""
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total = state["total"]
+        self._snapshot = None  # of another time
