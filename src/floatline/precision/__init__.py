@@ -1,6 +1,6 @@
 """Precision policies: parse and print, choose and check, put on a model and take off, loss scaling, master weights."""
 
-from floatline.precision.apply import AppliedPrecision, apply_precision
+from floatline.precision.apply import AppliedPrecision, apply_precision, extend_precision
 from floatline.precision.choose import Choice, choose, legal_names, resolve
 from floatline.precision.master import MasterWeights, NoMasterWeights
 from floatline.precision.policy import BASES, Policy, Rule
@@ -18,6 +18,7 @@ __all__ = [
     "Rule",
     "apply_precision",
     "choose",
+    "extend_precision",
     "legal_names",
     "resolve",
 ]

@@ -95,6 +95,34 @@ def apply_precision(model: nn.Module, policy: Policy) -> AppliedPrecision:
     return applied
 
 
+def extend_precision(applied: AppliedPrecision, model: nn.Module, rule: str) -> Policy:
+    """Add one rule to a policy that is on a model already; returns the policy with it.
+
+    Args:
+        applied: What `apply_precision` returned.
+        model: The model.
+        rule: "path=32".
+
+    Raises:
+        PrecisionError: The weights themselves are cast, so the module's would have to change under the optimizer; or
+            the rule matches nothing or what is an island already.
+    """
+    policy = applied.policy
+    if not policy.base.mixed:
+        raise PrecisionError(
+            f"{rule} cannot be added to {policy.name} while it trains: the weights themselves are in that format",
+            hint=f"start anew with precision='{policy}; {rule}'",
+        )
+    longer = Policy.parse(f"{policy}; {rule}")
+    fresh = {name: fmt for name, fmt in match_rules(model, longer).items() if name not in applied.touched}
+    if not fresh:
+        raise PrecisionError(f"{rule}: the module is an island already")
+    _refuse_half_weights(model, longer, fresh)
+    _patch_forwards(applied, model, fresh)
+    applied.policy = longer
+    return longer
+
+
 def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
     """Return dotted module name -> format for the policy's rules.
 

@@ -30,6 +30,19 @@ from floatline.step.verdict import Alarm, Skip, What
 from floatline.techniques.optim_steps.select_step import can_select, step_by_select
 
 
+@dataclass(frozen=True)
+class Rerun:
+    """A micro-batch and the random state before its forward.
+
+    Attributes:
+        batch: As the step was given it.
+        random: torch's generators, CPU and the device's.
+    """
+
+    batch: Any
+    random: tuple[torch.Tensor, ...]
+
+
 @dataclass
 class Judged:
     """One update that was judged, with what is read only when something is wrong.
@@ -41,6 +54,7 @@ class Judged:
         left_out: Index and loss of the micro-batches that were left out.
         made: It was made all the same, from the others.
         scale: The loss scale that it ran under, where reading it costs nothing.
+        reruns: Its micro-batches with what it takes to run them again.
     """
 
     step: int
@@ -49,6 +63,7 @@ class Judged:
     left_out: tuple[tuple[int, float], ...] = ()
     made: bool = False
     scale: float | None = None
+    reruns: tuple[Rerun, ...] = ()
 
 
 def _steps_on(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
@@ -71,6 +86,8 @@ class Sentinel:
         faults: How many of them for a fault.
         alarms: The last 1000 alarms.
         alarmed: How many there were in all.
+        on_fault: Called with each fault and what was judged, before the limits are looked at. While it is set, the step
+            keeps the micro-batches and random states of an update until its verdict is read.
     """
 
     def __init__(self, guard: Guard, *, loss_scaling: bool, names: Callable[[], dict[int, str]] = dict) -> None:
@@ -81,6 +98,7 @@ class Sentinel:
         self.faults = 0
         self.alarms: deque[Alarm] = deque(maxlen=1000)
         self.alarmed = 0
+        self.on_fault: Callable[[Skip, Judged], None] | None = None
         self.on_number: Callable[[int, float, float], None] = lambda step, loss, grad_norm: None
         self._names = names
         self._row: dict[bool, int] = {True: 0, False: 0}
@@ -127,21 +145,21 @@ class Sentinel:
         numbers = judged.reading.values()
         total = sum(numbers)
         if judged.left_out:
-            return self._note(self._left_out(judged, numbers))
+            return self._note(self._left_out(judged, numbers), judged)
         if total - total == 0.0:  # finite, by the same rule as `judge`, without a call
             self._row[True] = self._row[False] = 0
             self.on_number(judged.step, numbers[0], numbers[1])
             return None
         what = self._what(judged, numbers)
         blamed = self._blamed(judged) if what in (What.GRADIENT, What.OVERFLOW) else ()
-        return self._note(Skip(judged.step, what, numbers[0], numbers[1], blamed))
+        return self._note(Skip(judged.step, what, numbers[0], numbers[1], blamed), judged)
 
     def _left_out(self, judged: Judged, numbers: list[float]) -> Skip:
         places = tuple(place for place, _ in judged.left_out)
         loss = judged.left_out[0][1]
         return Skip(judged.step, What.LOSS, loss, numbers[1], micro_batches=places, made=judged.made)
 
-    def _note(self, skip: Skip) -> Skip:
+    def _note(self, skip: Skip, judged: Judged) -> Skip:
         self.skips.append(skip)
         self.skipped += not skip.made
         self.faults += skip.fault
@@ -149,6 +167,8 @@ class Sentinel:
             self._row[True] = self._row[False] = 0
         else:
             self._row[skip.fault] += 1
+        if skip.fault and self.on_fault is not None:
+            self.on_fault(skip, judged)
         self._stop_if_too_many(skip)
         return skip
 

@@ -28,6 +28,7 @@ from floatline.precision import (
     NoMasterWeights,
     Policy,
     apply_precision,
+    extend_precision,
 )
 from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
@@ -35,9 +36,10 @@ from floatline.step.guard import Guard
 from floatline.step.live_buffers import LiveBuffers
 from floatline.step.norm import gradient_norms, total_of
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
+from floatline.step.random_state import generators, set_generators
 from floatline.step.reading import Reading
 from floatline.step.rollback import Rollback
-from floatline.step.sentinel import Judged, Sentinel
+from floatline.step.sentinel import Judged, Rerun, Sentinel
 from floatline.step.shares import weighted
 from floatline.step.silent import SilentTrouble
 from floatline.step.undisturbed import undisturbed
@@ -87,12 +89,14 @@ class _Accumulated:
         left_out: Index and loss of those that do not.
         lost: Their share of the targets.
         none: No backward was run.
+        reruns: The micro-batches, where somebody asks for them.
     """
 
     loss: torch.Tensor
     left_out: tuple[tuple[int, float], ...] = ()
     lost: float = 0.0
     none: bool = False
+    reruns: tuple[Rerun, ...] = ()
 
 
 class TrainStep:
@@ -296,7 +300,8 @@ class TrainStep:
         scale = self.scaling.current() if not loss.is_cuda else None
         self.scaling.update(loss)
         self._step_schedule()
-        judged = Judged(self.updates + 1, reading, norms, accumulated.left_out, not accumulated.none, scale)
+        made, reruns = not accumulated.none, accumulated.reruns
+        judged = Judged(self.updates + 1, reading, norms, accumulated.left_out, made, scale, reruns)
         left = tuple(place for place, _ in accumulated.left_out)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
@@ -333,6 +338,30 @@ class TrainStep:
             self._accumulate_or_forget(batch if isinstance(batch, list) else self.stack.split(batch))
         return self.stack.facts()
 
+    def rerun(self, rerun: Rerun, scaled: bool = True) -> torch.Tensor:
+        """Run the forward of a micro-batch as it was run, random numbers and all; returns the loss.
+
+        Args:
+            rerun: What the guard kept of it.
+            scaled: With the loss scale on it, as it went into the backward.
+        """
+        set_generators(rerun.random, self.device)
+        with self.stack.during(), self.stack.around(), self.precision.autocast():
+            loss = scalar(self.loss(self.model, move(rerun.batch, self.device)))
+        return self.scaling.scale(loss) if scaled else loss
+
+    def add_island(self, module: str) -> Policy:
+        """Compute one more module in fp32 from now on; returns the policy with the rule for it.
+
+        Args:
+            module: Its dotted name.
+
+        Raises:
+            PrecisionError: The policy casts the weights themselves, or the module cannot be an island.
+        """
+        self.policy = extend_precision(self.precision, self.model, f"{module}=32")
+        return self.policy
+
     def _accumulate_or_forget(self, micro_batches: list[Batch]) -> _Accumulated:
         """Accumulate all of an update's gradients; after an exception none is left for the next update to find."""
         if self._torn:
@@ -353,10 +382,13 @@ class TrainStep:
         """Forward and backward of each micro-batch; one may be left out before its backward."""
         total: torch.Tensor | None = None
         left_out: list[tuple[int, float]] = []
+        reruns: list[Rerun] = []
         lost, loss = 0.0, None
         for place, (micro_batch, weight) in enumerate(weighted(micro_batches, self.count, self.ranks)):
             if self._early or place == 0:
                 self.buffers.keep()
+            if self.sentinel.on_fault is not None:
+                reruns.append(Rerun(micro_batch, generators(self.device)))
             with self.stack.during():
                 with self.stack.around(), self.precision.autocast():
                     loss = scalar(self.loss(self.model, move(micro_batch, self.device)))
@@ -377,10 +409,10 @@ class TrainStep:
                 "an update needs at least one micro-batch, the list is empty", hint="leave out updates without data"
             )
         if total is None:
-            return _Accumulated(loss.detach(), tuple(left_out), lost, none=True)
+            return _Accumulated(loss.detach(), tuple(left_out), lost, True, tuple(reruns))
         if lost:
             total = total / (1.0 - lost)
-        return _Accumulated(self._over_ranks(total), tuple(left_out), lost)
+        return _Accumulated(self._over_ranks(total), tuple(left_out), lost, False, tuple(reruns))
 
     def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss of all ranks' data, so that all of them judge the same number."""
