@@ -1,0 +1,105 @@
+"""What a diagnosis found: where, what, why, what to do, and whether doing it helped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from floatline.observe.finite import Numbers, Place
+
+PHASES = ("input", "parameter", "buffer", "forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The numbers that a finding rests on.
+
+    Attributes:
+        inputs: What went into the op.
+        outputs: What came out.
+        exact: What it would have been in fp64, where that is known.
+        saved: In the backward, what the forward op had kept.
+        notes: Sentences: the distance to the format's limit, the line in the library, what made an input.
+    """
+
+    inputs: tuple[Numbers, ...] = ()
+    outputs: tuple[Numbers, ...] = ()
+    exact: tuple[Numbers, ...] = ()
+    saved: tuple[Numbers, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"in   {item}" for item in self.inputs]
+        lines += [f"kept {item}" for item in self.saved]
+        lines += [f"out  {item}" for item in self.outputs]
+        lines += [f"fp64 {item}" for item in self.exact]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counterfactual:
+    """The step run again with a remedy.
+
+    Attributes:
+        remedy: What was done, as a sentence.
+        cured: Whether loss and gradients were finite then; None where it could not be tried.
+        kind: "island", "edge", "row", "attention", "sample", or "" where nothing was tried.
+        module: Of an island, the module.
+        why: Why it could not be tried, or what happened.
+    """
+
+    remedy: str
+    cured: bool | None
+    kind: str = ""
+    module: str = ""
+    why: str = ""
+
+    def __str__(self) -> str:
+        said = {True: "cured", False: "did not cure it", None: "not tried"}[self.cured]
+        return f"{self.remedy}: {said}" + (f" ({self.why})" if self.why else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The origin of what is not finite.
+
+    Attributes:
+        phase: "input", "parameter", "buffer", "forward", "backward" or "optimizer".
+        op: Name of the aten op, without overload; for the backward the forward op whose derivative is at fault, of a
+            user-written autograd Function its name. Of a bad input, the op that met it first.
+        module: Dotted name in the model, "" at the top.
+        location: The user's line, with `.file`, `.line` and `.code`; None where no line of theirs was on the stack.
+        cause: What went wrong, one sentence.
+        cause_name: The cause's name in the table, "overflow", "log of zero" ...
+        evidence: The numbers.
+        remedy: What to change, one sentence.
+        counterfactual: What became of the step with the remedy.
+        tensor: Of a bad input, parameter or buffer, its name; in the optimizer phase the parameter's.
+        samples: Indices along dimension 0 of the bad input, or of the batch where the bad values lie.
+    """
+
+    phase: str
+    op: str
+    module: str
+    location: Place | None
+    cause: str
+    cause_name: str
+    evidence: Evidence
+    remedy: str
+    counterfactual: Counterfactual | None = None
+    tensor: str = ""
+    samples: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        where = f" of {self.module}" if self.module else ""
+        lines = [f"{self.phase}: {self.op}{where}" + (f", {self.tensor}" if self.tensor else "")]
+        lines += [f"  at      {self.location}"] if self.location else []
+        lines += [f"  cause   {self.cause}"]
+        lines += ["  " + line for line in str(self.evidence).splitlines()]
+        lines += [f"  remedy  {self.remedy}"]
+        lines += [f"  tried   {self.counterfactual}"] if self.counterfactual else []
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)

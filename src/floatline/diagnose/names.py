@@ -1,0 +1,111 @@
+"""What a tensor that was there before the step is called: a parameter, a buffer, an argument of the model, a variable."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten_with_path
+
+
+class Names:
+    """Finds a tensor's name by its storage.
+
+    Args:
+        model: Its parameters and buffers.
+        forward: Its closure and globals.
+        optimizer: Its state.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[[], Any] | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self._known: dict[int, tuple[str, str]] = {}
+        self.batch: dict[str, torch.Tensor] = {}
+        for phase, pairs in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in pairs:
+                self._add(tensor, phase, name.replace("_orig_mod.", ""))
+        for group in optimizer.param_groups if optimizer is not None else ():
+            for parameter in group["params"]:
+                name = self.of(parameter)[1]
+                for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
+                    if isinstance(value, torch.Tensor):
+                        self._add(value, "optimizer", f"{key} of {name}")
+        self._variables = _variables(forward) if forward is not None else {}
+
+    def _add(self, tensor: torch.Tensor, phase: str, name: str) -> None:
+        if tensor.layout is torch.strided:
+            self._known.setdefault(tensor.untyped_storage()._cdata, (phase, name))
+
+    def of(self, tensor: torch.Tensor) -> tuple[str, str]:
+        """Return ("parameter" | "buffer" | "optimizer" | "input", name); the name is "" where nobody names it."""
+        if tensor.layout is not torch.strided:
+            return "input", ""
+        key = tensor.untyped_storage()._cdata
+        if key in self._known:
+            return self._known[key]
+        for name, variable in self._variables.items():
+            if variable.layout is torch.strided and variable.untyped_storage()._cdata == key:
+                return "input", name
+        return "input", ""
+
+    @contextmanager
+    def of_arguments(self, model: nn.Module) -> Iterator[None]:
+        """Learn the names of the tensors that the model is called with, inside."""
+
+        def learn(module: nn.Module, args: Any, kwargs: Any) -> None:
+            with torch._C.DisableTorchFunction():  # calls of the program are counted (watch.py), these are not its own
+                for name, value in _named(module, args, kwargs).items():
+                    for path, tensor in _tensors(name, value):
+                        self.batch.setdefault(path, tensor)
+                        self._add(tensor, "input", path)
+
+        hook = model.register_forward_pre_hook(learn, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        positional = [p.name for p in inspect.signature(module.forward).parameters.values()
+                      if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]  # fmt: skip
+    except (TypeError, ValueError):
+        positional = []
+    named = {positional[i] if i < len(positional) else f"args[{i}]": value for i, value in enumerate(args)}
+    return {**named, **kwargs}
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in nested containers with their paths."""
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        value = dict(value)
+    leaves, _ = tree_flatten_with_path(value)
+    for path, leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            yield name + "".join(map(str, path)), leaf
+
+
+def _variables(forward: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors that a function sees: of its closure, the globals that it uses, its defaults."""
+    function = inspect.unwrap(forward)
+    try:
+        seen = inspect.getclosurevars(function)
+        scopes = [seen.nonlocals, seen.globals]
+    except TypeError:
+        scopes = []
+    scopes.append(getattr(function, "__kwdefaults__", None) or {})
+    names = getattr(getattr(function, "__code__", None), "co_varnames", ())
+    defaults = getattr(function, "__defaults__", None) or ()
+    scopes.append(dict(zip(names[: len(names)][-len(defaults) :] if defaults else (), defaults, strict=False)))
+    found: dict[str, torch.Tensor] = {}
+    for scope in scopes:
+        for name, value in scope.items():
+            if not isinstance(value, (nn.Module, type)):
+                found.update(_tensors(name, value))
+    return found
