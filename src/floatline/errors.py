@@ -56,6 +56,10 @@ class CheckpointError(FloatlineError, RuntimeError):
     """A checkpoint that cannot be written or read back."""
 
 
+class BundleError(FloatlineError, RuntimeError):
+    """A bundle of a condemned step that cannot be written, read, or put on a model."""
+
+
 class RunDirectoryError(FloatlineError, RuntimeError):
     """A run directory that is in use, not writable or belongs to another run."""
 

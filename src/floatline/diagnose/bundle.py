@@ -1,0 +1,208 @@
+"""Bundles: a condemned step in a file, to be run again later, elsewhere.
+
+    findings/update-00000051/
+      bundle.pt      the micro-batches and the random state before each, policy and loss scale, buffers, weights
+      finding.json   what a diagnosis found, once there was one
+
+A bundle is written under a temporary name and renamed, so it is there whole or not at all. It is read with
+`weights_only=True`: tensors and plain values, no code. Weights that would make it larger than its cap are left out, and
+the newest checkpoint is named instead: the replay then runs on weights that are some updates older.
+
+Not covered: batches of anything but tensors and plain values (what else is in one is left out, by name), and shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from floatline.errors import BundleError
+from floatline.step.sentinel import Judged, Rerun
+from floatline.step.step import TrainStep
+from floatline.step.verdict import Skip
+
+VERSION = 1
+FILE = "bundle.pt"
+FINDING = "finding.json"
+MOST_BYTES = 2**31
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A condemned step.
+
+    Attributes:
+        update: Its index.
+        what: "loss", "gradient" or "buffer".
+        reason: As a sentence.
+        reruns: Its micro-batches with their random states.
+        suspects: Indices of those whose loss was not finite; empty where that is not known.
+        precision: The policy, as its string.
+        loss_scale: Of that update, None without scaling.
+        weights: By name; None where they were too large.
+        buffers: As before the forward.
+        checkpoint: The newest checkpoint then, relative to the run directory; "" without one.
+        late: The weights are those after the next update: the verdict of a CUDA step is read one step later.
+        left_out: What of the batches could not be kept.
+        versions: Of torch, python and the device.
+    """
+
+    update: int
+    what: str
+    reason: str
+    reruns: tuple[Rerun, ...]
+    suspects: tuple[int, ...] = ()
+    precision: str = "32-true"
+    loss_scale: float | None = None
+    weights: Mapping[str, torch.Tensor] | None = None
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    checkpoint: str = ""
+    late: bool = False
+    left_out: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def bundle_of(step: TrainStep, skip: Skip, judged: Judged, *, checkpoint: str = "", cap: int = MOST_BYTES) -> Bundle:
+    """Return the bundle of a condemned step, in host memory.
+
+    Args:
+        step: It, just after the verdict.
+        skip: The verdict.
+        judged: What was judged.
+        checkpoint: The newest checkpoint, to be named where weights are too large.
+        cap: Bytes of weights above which they are left out.
+    """
+    left_out: list[str] = []
+    reruns = tuple(Rerun(_plain(rerun.batch, f"micro-batch {place}", left_out), rerun.random)
+                   for place, rerun in enumerate(judged.reruns))  # fmt: skip
+    weights = {name: tensor.detach() for name, tensor in step.model.named_parameters()}
+    small = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) <= cap
+    return Bundle(
+        update=skip.step,
+        what=skip.what.value,
+        reason=skip.reason,
+        reruns=reruns,
+        suspects=skip.micro_batches,
+        precision=str(step.policy),
+        loss_scale=judged.scale,
+        weights={name: tensor.cpu() for name, tensor in weights.items()} if small else None,
+        buffers={name: tensor.detach().cpu() for name, tensor in step.model.named_buffers()},
+        checkpoint=checkpoint,
+        late=judged.reading.waits,
+        left_out=tuple(left_out),
+        versions={"torch": str(torch.__version__), "device": _device_name(step.device)},
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _plain(value: Any, path: str, left_out: list[str]) -> Any:
+    """Return a batch as tensors and plain values on the host."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, _PLAIN):
+        return value
+    if hasattr(value, "items"):
+        return {str(key): _plain(inner, f"{path}.{key}", left_out) for key, inner in dict(value.items()).items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_plain(inner, f"{path}[{i}]", left_out) for i, inner in enumerate(value)])
+    left_out.append(f"{path} ({type(value).__name__})")
+    return None
+
+
+def save_bundle(bundle: Bundle, directory: Path) -> Path:
+    """Write a bundle as a new directory below `directory`; returns its path.
+
+    Raises:
+        BundleError: It cannot be written; nothing is left behind.
+    """
+    final = directory / f"update-{bundle.update:08d}"
+    temporary = directory / f".writing-{bundle.update:08d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        values = {**vars(bundle), "reruns": [{"batch": r.batch, "random": list(r.random)} for r in bundle.reruns],
+                  "weights": dict(bundle.weights) if bundle.weights is not None else None,
+                  "buffers": dict(bundle.buffers), "versions": dict(bundle.versions), "version": VERSION}  # fmt: skip
+        with (temporary / FILE).open("wb") as file:
+            torch.save(values, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)  # of an update that was made again after a rollback
+        temporary.rename(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise BundleError(
+            f"the bundle of update {bundle.update} could not be written to {directory}: {error}",
+            hint="make room there; the run itself goes on",
+        ) from error
+    return final
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle.
+
+    Args:
+        path: Its directory, or the file in it.
+
+    Raises:
+        BundleError: There is none, it is damaged, holds more than plain values, or is of another version.
+    """
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    try:
+        values = torch.load(file, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise BundleError(f"{path} holds no bundle", hint="pass a directory below findings/ of a run") from None
+    except pickle.UnpicklingError as error:
+        raise BundleError(
+            f"{file} is not loaded: it is damaged, or holds something other than tensors and plain values",
+            hint="nothing in it was run; take the bundle from the run that made it",
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise BundleError(f"{file} cannot be read: {str(error).splitlines()[0]}", hint="it may be cut short") from error
+    if not isinstance(values, dict) or values.pop("version", None) != VERSION:
+        raise BundleError(f"{file} is no bundle of version {VERSION}", hint="read it with the Floatline that wrote it")
+    try:
+        reruns = tuple(Rerun(rerun["batch"], tuple(rerun["random"])) for rerun in values.pop("reruns"))
+        return Bundle(reruns=reruns, **values)
+    except (TypeError, KeyError) as error:
+        raise BundleError(f"{file} is no bundle: {error}", hint="pass a directory below findings/ of a run") from error
+
+
+def write_finding(path: Path, finding: Mapping[str, Any]) -> None:
+    """Put what a diagnosis found beside a bundle, atomically."""
+    temporary = path / f".{FINDING}.writing"
+    temporary.write_text(json.dumps(finding, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path / FINDING)
+
+
+def put_into(bundle: Bundle, model: nn.Module) -> None:
+    """Give a model the weights and buffers of a bundle, in place.
+
+    Raises:
+        BundleError: They are another model's.
+    """
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = {**(bundle.weights or {}), **bundle.buffers}
+    other = [name for name, tensor in saved.items() if name not in own or own[name].shape != tensor.shape]
+    if other:
+        raise BundleError(
+            f"the bundle is of another model: {other[0]} of shape {tuple(saved[other[0]].shape)} is not in this one",
+            hint="build the model as the run did, adapters and techniques included",
+        )
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
