@@ -62,8 +62,8 @@ def test_all_state_is_that_of_the_snapshot(precision):
         if number == 4:
             kept = everything(step)
             mean = extra.mean.clone()
-        step(torch.randn(4, 3, generator=generator))
         extra.at, extra.mean = number + 1, extra.mean + 1
+        step(torch.randn(4, 3, generator=generator))
     out = step(torch.full((4, 3), NAN))
     assert out.rolled_back_to == 4 == step.updates and extra.at == 4 and torch.equal(extra.mean, mean)
     assert same(everything(step), kept)

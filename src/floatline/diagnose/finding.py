@@ -90,6 +90,12 @@ class Finding:
     tensor: str = ""
     samples: tuple[int, ...] = ()
 
+    @property
+    def headline(self) -> str:
+        """Phase, op, module and cause in one line."""
+        where = f" of {self.module}" if self.module else ""
+        return f"{self.phase}: {self.op}{where}: {self.cause}"
+
     def __str__(self) -> str:
         where = f" of {self.module}" if self.module else ""
         lines = [f"{self.phase}: {self.op}{where}" + (f", {self.tensor}" if self.tensor else "")]

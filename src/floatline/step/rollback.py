@@ -34,13 +34,18 @@ class Rollback:
         self._snapshot: Snapshot | None = None
         self._times = 0
 
-    def before_update(self, updates: int) -> None:
-        """Take a snapshot where one is due. Those that are not finite do not count."""
-        if not self._guard.goes_back:
-            return
-        last = self._snapshot
-        if last is not None and (updates == last.updates or updates % self._guard.snapshot_every):
-            return
+    def begin(self) -> None:
+        """Take the first snapshot, before the first update. Data that were drawn already do not come again."""
+        if self._guard.goes_back and self._snapshot is None:
+            self._take()
+
+    def after_update(self, updates: int) -> None:
+        """Take a snapshot where one is due: the update is made, and its batch used up."""
+        if self._guard.goes_back and updates % self._guard.snapshot_every == 0:
+            self._take()
+
+    def _take(self) -> None:
+        """Snapshots that are not finite do not count."""
         fresh = Snapshot(self._model, self._step, self.extras)
         if fresh.is_finite():
             self._snapshot, self._times = fresh, 0

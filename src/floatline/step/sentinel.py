@@ -83,6 +83,7 @@ class Sentinel:
     Attributes:
         skips: The last 1000 skipped updates.
         skipped: How many updates were skipped in all.
+        noted: How many skips there were in all, updates made without a micro-batch among them.
         faults: How many of them for a fault.
         alarms: The last 1000 alarms.
         alarmed: How many there were in all.
@@ -95,6 +96,7 @@ class Sentinel:
         self.loss_scaling = loss_scaling
         self.skips: deque[Skip] = deque(maxlen=1000)
         self.skipped = 0
+        self.noted = 0
         self.faults = 0
         self.alarms: deque[Alarm] = deque(maxlen=1000)
         self.alarmed = 0
@@ -162,6 +164,7 @@ class Sentinel:
     def _note(self, skip: Skip, judged: Judged) -> Skip:
         self.skips.append(skip)
         self.skipped += not skip.made
+        self.noted += 1
         self.faults += skip.fault
         if skip.made:
             self._row[True] = self._row[False] = 0

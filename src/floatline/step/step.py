@@ -239,7 +239,7 @@ class TrainStep:
                 f"{len(micro_batches)} micro-batches, but the optimizer steps in the backward of each",
                 hint="give one batch an update, or drop optimizer_in_backward",
             )
-        self.rollback.before_update(self.updates)
+        self.rollback.begin()
         with self.silent.measuring(self.updates + 1) if self._looks() else nullcontext():
             accumulated = self._accumulate_or_forget(micro_batches)
         with self.stack.update():
@@ -307,6 +307,8 @@ class TrainStep:
         self.updates += 1
         skip = self.sentinel.record(judged)
         back = self._go_back(skip) if skip is not None and skip.fault and not skip.made else None
+        if back is None:
+            self.rollback.after_update(self.updates)
         return StepOutput(loss, grad_norm, finite, left if not accumulated.none else (), back)
 
     def _go_back(self, skip: Skip) -> int | None:

@@ -26,9 +26,11 @@ from floatline.train import rng
 from floatline.train.checkpoint import checkpoint_path, find_fault, prune, save_checkpoint
 from floatline.train.data import token_counts
 from floatline.train.evaluate import Evaluation
+from floatline.train.findings import Findings
 from floatline.train.identity import is_same_recipe, refuse_other_recipe
 from floatline.train.launch import joined, note_lost_rank
 from floatline.train.manifest import Manifest, now
+from floatline.train.position import Position
 from floatline.train.progress import make_view
 from floatline.train.recipe import Recipe
 from floatline.train.rundir import open_run_directory
@@ -143,6 +145,11 @@ class Loop:
         view = make_view(console, self.steps, self.step.updates)
         log_every = run.recipe.run.log_every or 1
         self.telemetry = Telemetry(run.rundir, run.step, view, log_every, self.steps, self.step.updates)
+        self.position = Position(run.loader, state.get("position"))
+        self.step.rollback.extras["data"] = self.position
+        self.findings = Findings(run.rundir, run.step, view.say, run.change_recipe)
+        self.findings.load(state.get("findings", {}))
+        self.findings.attach()
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end, then test; returns the last evaluation's record."""
@@ -173,19 +180,24 @@ class Loop:
         )
 
     def _batches(self) -> Iterator[Any]:
-        """Yield one update's data after the other, epoch by epoch, from where the checkpoint left off."""
-        loader = self.run_.loader
+        """Yield one update's data after the other, from where a checkpoint, or a rollback, left off."""
         if self.run_.state is not None:
-            loader.load_state_dict(self.run_.state["loader"])
+            self.run_.loader.load_state_dict(self.run_.state["loader"])
         while self.step.updates < self.steps:
-            iterator = iter(loader)
+            before = rng.capture() if self.position.moved else None
+            iterator = iter(self.run_.loader)
             if self.run_.state is not None:  # after the iterator was made: making one draws random numbers
                 rng.restore_rank(self.run_.state["rng"], self.ranks.rank)
                 self.run_.state = None
-            for batch in iterator:
+            elif before is not None:
+                rng.restore(before)
+            self.step.rollback.begin()
+            for batch in self.position.counted(iterator):
                 yield batch
                 if self.step.updates >= self.steps:
                     return
+                if self.position.moved:
+                    break
 
     def _update(self, batch: Any) -> None:
         """One update and what is due after it."""
@@ -201,8 +213,21 @@ class Loop:
             "target_tokens": targets,
             "tokens": tokens,
         }
+        if output.rolled_back_to is not None:
+            self._went_back(output.rolled_back_to)
+            return
         self.telemetry.add(output, record)
         self._after_update(done)
+
+    def _went_back(self, to: int) -> None:
+        """The guard has put weights and data position back; what was logged since is made again."""
+        self.telemetry.flush()
+        if self.findings.leave_out:
+            self.position.leave_out_last()
+        self.telemetry.view.say(f"went back to update {to}")
+        self.telemetry.restart_clock()
+        if self._asked_to_stop:
+            raise Interrupted
 
     def _sum_up(self, batch: Any) -> tuple[int, int, bool]:
         """Return the targets and tokens of all ranks, and whether any of them was asked to stop."""
@@ -259,6 +284,8 @@ class Loop:
             "loader": run.loader.state_dict(),
             "rng": self.ranks.collect(rng.capture()),
             "best": self.best,
+            "position": self.position.kept(),
+            "findings": self.findings.state(),
         }
         plain, shards = run.weights.split(state)
         directory = run.rundir.checkpoints

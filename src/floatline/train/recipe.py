@@ -81,8 +81,18 @@ class EvalSection(Section):
 
 
 class GuardSection(Section):
+    on_fault: Literal["skip", "rollback", "stop", "heal"] = Field(
+        "skip", description="what an update that is not finite does; heal diagnoses it and applies the cure"
+    )
+    check: Literal["auto", "before-backward", "after-backward"] = Field(
+        "auto", description="when the loss is read; auto is before the backward on CPU, after it on CUDA"
+    )
     max_faults_in_a_row: Count = Field(5, description="non-finite updates in a row that stop the run")
+    max_faults: Count | None = Field(100, description="non-finite updates in all that stop the run")
     max_overflows_in_a_row: Count = Field(24, description="loss-scale reductions in a row that stop the run")
+    max_rollbacks: Count = Field(3, description="times the run goes back to one snapshot before it stops")
+    snapshot_every: Count = Field(100, description="updates between snapshots, for rollback and heal")
+    sample_every: Count | None = Field(100, description="updates between looks for silent trouble; null never looks")
 
 
 class RunSection(Section):

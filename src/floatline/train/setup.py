@@ -64,6 +64,7 @@ class Run:
     weights: PlainWeights
     ranks: OneRank
     state: dict[str, Any] | None
+    change_recipe: Callable[[str, str, str], None] = lambda key, value, reason: None
 
 
 def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say, ranks: OneRank | None = None) -> Run:
@@ -209,7 +210,36 @@ def _build(
         step.load_state_dict(state["step"])
         say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
         state["best"] = ranks.on_first(partial(_best_that_is_left, state["best"], rundir, say))
-    return Run(rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state)
+    change = partial(change_recipe, resolved, rundir, manifest)
+    return Run(
+        rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state, change
+    )
+
+
+def change_recipe(
+    resolved: Resolved, rundir: RunDirectory, manifest: Manifest, key: str, value: str, reason: str
+) -> None:
+    """Write what a run has changed while it trained into its resolved recipe, so that it goes on and runs again so.
+
+    Args:
+        resolved: Changed in place.
+        rundir: recipe.yaml is replaced.
+        manifest: Its resolved recipe and choices, which a resume reads.
+        key: Dotted.
+        value: What it is from now on.
+        reason: Why.
+    """
+    tree = resolved.recipe.model_dump(mode="json")
+    *sections, name = key.split(".")
+    inner = tree
+    for section in sections:
+        inner = inner[section]
+    inner[name] = value
+    resolved.recipe = parse_recipe(tree)
+    resolved.choices = [choice for choice in resolved.choices if choice.key != key]
+    resolved.choices.append(AutomaticChoice(key, value, reason))
+    manifest.update(resolved=tree, choices=resolved.choices_as_dicts())
+    rundir.write_text("recipe.yaml", recipe_text(resolved))
 
 
 def _make_loader(

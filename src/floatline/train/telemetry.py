@@ -9,6 +9,7 @@ interpreter, gets about that many.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +46,10 @@ class Telemetry:
     first_step: int
     _waiting: list[tuple[StepOutput, dict[str, Any]]] = field(default_factory=list)
     _reported: int = 0
+    _alarmed: int = 0
 
     def __post_init__(self) -> None:
-        self._reported = self.step.sentinel.skipped
+        self._reported, self._alarmed = self.step.sentinel.noted, self.step.sentinel.alarmed
         self.writer: Any = self.rundir.event_writer(self.first_step)
         self.restart_clock()
 
@@ -103,16 +105,24 @@ class Telemetry:
             self.view.say(f"TensorBoard events stop here: {error}; metrics.jsonl has all the numbers")
 
     def _write_skips(self) -> None:
+        """Write what the guard has noted since: nothing is hidden."""
         sentinel = self.step.sentinel
-        fresh = sentinel.skipped - self._reported
-        self._reported = sentinel.skipped
-        for skip in list(sentinel.skips)[len(sentinel.skips) - fresh :]:
+        for skip in _newest(sentinel.skips, sentinel.noted - self._reported):
             self._write_skip(skip)
+        for alarm in _newest(sentinel.alarms, sentinel.alarmed - self._alarmed):
+            self.rundir.log({"kind": "alarm", "step": alarm.step, "what": alarm.name, "text": alarm.text,
+                             "remedy": alarm.remedy})  # fmt: skip
+            self.view.say(f"warning: {alarm}")
+        self._reported, self._alarmed = sentinel.noted, sentinel.alarmed
 
     def _write_skip(self, skip: Skip) -> None:
-        record = {"kind": "fault", "step": skip.step, "what": skip.what.value, "action": "skip", "reason": skip.reason}
+        action = "rollback" if skip.rolled_back_to is not None else "leave out" if skip.made else "skip"
+        record = {"kind": "fault", "step": skip.step, "what": skip.what.value, "action": action, "reason": skip.reason,
+                  "parameters": list(skip.parameters[:20]), "micro_batches": list(skip.micro_batches)}  # fmt: skip
+        if skip.rolled_back_to is not None:
+            record["to"] = skip.rolled_back_to
         self.rundir.log(record)
-        self.view.say(f"skipped update {skip.step}: {skip.reason}")
+        self.view.say(skip.reason if skip.made else f"skipped update {skip.step}: {skip.reason}")
 
     def evaluation(self, evaluation: Evaluation, step: int) -> None:
         """Log an evaluation."""
@@ -131,6 +141,11 @@ class Telemetry:
             self.view.say(f"TensorBoard events are incomplete: {error}")
         finally:
             self.view.close()
+
+
+def _newest(kept: Sequence[Any], number: int) -> list[Any]:
+    """Return the last `number` of what is kept, as far as it is still kept."""
+    return list(kept)[max(0, len(kept) - number) :]
 
 
 def _read(tensors: list[torch.Tensor]) -> list[float]:

@@ -1,0 +1,173 @@
+"""What a run does about a condemned step besides leaving it out: it keeps it, diagnoses it, and heals.
+
+Each fault becomes a bundle under findings/ (diagnose/bundle.py), up to a number and a size. With `guard.on_fault: heal`
+the step is diagnosed on the spot, on its own weights, batch and random numbers, and what cured the replay is applied:
+
+    an island           the module computes in fp32 from now on; `precision` of the resolved recipe gets the rule
+    another kernel      attention goes through the math kernel; `model.attention` becomes eager
+    a bad sample        its batch is left out when it comes again
+
+and the run goes on from its last snapshot. What cannot be applied to a running model (the user's own line of code) is
+told, and the batch is left out. Every cure is written to metrics.jsonl and, with its reason, to the resolved recipe.
+
+Not covered: several ranks (bundles and diagnosis want whole weights), policies that cast the weights (an island would
+change them under the optimizer): there the run goes back and leaves the batch out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from floatline.diagnose.bundle import bundle_of, save_bundle, write_finding
+from floatline.diagnose.finding import Finding
+from floatline.diagnose.replay import diagnose_rerun
+from floatline.errors import BundleError, FloatlineError, PrecisionError
+from floatline.step import Skip, TrainStep
+from floatline.step.sentinel import Judged
+from floatline.train.checkpoint import list_checkpoints
+from floatline.train.rundir import RunDirectory
+
+Say = Callable[[str], None]
+MOST_BUNDLES = 5
+MOST_DIAGNOSES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cure:
+    """What was changed so that a fault does not come again.
+
+    Attributes:
+        update: At which it came.
+        kind: "island", "attention", "batch" (it is left out).
+        key: Of the recipe, that was changed; "" for none.
+        value: What it is now.
+        reason: Why, as a sentence.
+    """
+
+    update: int
+    kind: str
+    key: str = ""
+    value: str = ""
+    reason: str
+
+
+@dataclass
+class Findings:
+    """Keeps, diagnoses and heals the faults of one run.
+
+    Args:
+        rundir: Bundles go to its findings/.
+        step: The step; its guard calls this.
+        say: Tells the user.
+        change_recipe: (key, value, reason): writes a choice into the resolved recipe.
+
+    Attributes:
+        cures: What was changed so far.
+        leave_out: Set where the batch of the last fault is to be left out when it comes again.
+    """
+
+    rundir: RunDirectory
+    step: TrainStep
+    say: Say
+    change_recipe: Callable[[str, str, str], None]
+    cures: list[Cure] = field(default_factory=list)
+    leave_out: bool = False
+    _bundles: int = 0
+    _diagnoses: int = 0
+
+    def attach(self) -> None:
+        """Let the guard tell of faults. Of several ranks none keeps any."""
+        if self.step.ranks.size == 1:
+            self.step.sentinel.on_fault = self
+
+    def __call__(self, skip: Skip, judged: Judged) -> None:
+        """Take a fault from the guard, while the weights are still those that it happened on."""
+        path = self._keep(skip, judged)
+        self.leave_out = not skip.made
+        if self.step.guard.on_fault != "heal" or self._diagnoses >= MOST_DIAGNOSES:
+            return
+        self._diagnoses += 1
+        finding = self._diagnose(skip, judged)
+        if finding is not None:
+            if path is not None:
+                write_finding(path, finding.as_dict())
+            self._heal(skip, finding)
+
+    def _keep(self, skip: Skip, judged: Judged) -> Path | None:
+        if self._bundles >= MOST_BUNDLES or not judged.reruns:
+            return None
+        self._bundles += 1
+        newest = list_checkpoints(self.rundir.checkpoints)
+        checkpoint = str(newest[-1].relative_to(self.rundir.path)) if newest else ""
+        try:
+            path = save_bundle(bundle_of(self.step, skip, judged, checkpoint=checkpoint), self.rundir.path / "findings")
+        except BundleError as error:  # a full disk must not end the run
+            self.say(f"{error.message}")
+            return None
+        self.say(f"kept for diagnosis: floatline diagnose {path}")
+        return path
+
+    def _diagnose(self, skip: Skip, judged: Judged) -> Finding | None:
+        """Diagnose the micro-batch at fault; what goes wrong in that must not end the run."""
+        places = skip.micro_batches or range(len(judged.reruns))
+        try:
+            for place in places:
+                finding = diagnose_rerun(self.step, judged.reruns[place])
+                if finding is not None:
+                    self.say(f"diagnosis of update {skip.step}: {finding.headline}")
+                    return finding
+        except (FloatlineError, RuntimeError) as error:
+            self.say(f"update {skip.step} could not be diagnosed: {str(error).splitlines()[0]}")
+            return None
+        self.say(f"update {skip.step} is finite when it is run again; its batch is left out")
+        return None
+
+    def _heal(self, skip: Skip, finding: Finding) -> None:
+        tried = finding.counterfactual
+        cure = None
+        if tried is not None and tried.cured:
+            if tried.kind == "island":
+                cure = self._island(skip, finding, tried.module)
+            elif tried.kind == "attention":
+                cure = self._math_attention(skip, finding)
+        if cure is None:
+            reason = f"{finding.cause}; {finding.remedy}"
+            cure = Cure(update=skip.step, kind="batch", reason=reason)
+        else:
+            self.leave_out = False
+        self.cures.append(cure)
+        self.rundir.log({"kind": "cure", "step": skip.step, "what": cure.kind, "key": cure.key, "value": cure.value,
+                         "reason": cure.reason, "finding": str(finding)})  # fmt: skip
+        done = f"{cure.key} = {cure.value}" if cure.key else "the batch is left out"
+        self.say(f"healed at update {skip.step}: {done}  ({cure.reason})")
+
+    def _island(self, skip: Skip, finding: Finding, module: str) -> Cure | None:
+        try:
+            policy = self.step.add_island(module)
+        except PrecisionError as error:
+            self.say(f"{module} cannot become an island now: {error.message}")
+            return None
+        reason = f"at update {skip.step} {finding.cause} in {module}; in fp32 the replay was finite"
+        self.change_recipe("precision", str(policy), reason)
+        return Cure(update=skip.step, kind="island", key="precision", value=str(policy), reason=reason)
+
+    def _math_attention(self, skip: Skip, finding: Finding) -> Cure:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        reason = f"at update {skip.step} {finding.cause}; with the math kernel the replay was finite"
+        self.change_recipe("model.attention", "eager", reason)
+        return Cure(update=skip.step, kind="attention", key="model.attention", value="eager", reason=reason)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"bundles": self._bundles, "diagnoses": self._diagnoses}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._bundles, self._diagnoses = state.get("bundles", 0), state.get("diagnoses", 0)
