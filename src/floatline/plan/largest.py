@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from floatline.errors import ConfigError, ModelError
 from floatline.plan.allocator import AllocatorSettings
-from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.estimate import Estimate
 from floatline.plan.fit import Fit
+from floatline.plan.parallel import ALONE, Alone, Piece, together
 from floatline.plan.plan import Plan
 from floatline.plan.shape import Shape
 from floatline.plan.sources import Source
+from floatline.plan.traces import rank_count
+from floatline.plan.trial import Trial
 from floatline.techniques import Technique, make_technique
 
 STEPS = {"batch": 1, "seq": 64, "image": 32}
@@ -51,6 +55,7 @@ def largest(
     progress: Callable[[str, int], None] = lambda what, done: None,
     *,
     allocator: AllocatorSettings | None = None,
+    helpers: Alone = ALONE,
 ) -> tuple[Largest, ...]:
     """Return the largest sizes that fit with a plan's precision and techniques, those that apply to the model.
 
@@ -59,31 +64,41 @@ def largest(
         plan: A plan that fits; without one the result is empty.
         progress: Called before each trial.
         allocator: Settings of the caching allocator; None for torch's defaults.
+        helpers: Processes that make estimates of the same source meanwhile.
     """
     if not plan.fits:
         return ()
     techniques, shape, cuts = _micro_batch(plan, source.shape)
-    known: dict[Shape, Estimate | None] = {}
+    known: dict[Trial, Estimate] = {}
 
-    def attempt(key: str, value: int) -> Estimate | None:
+    def trial(key: str, value: int) -> Trial:
         asked = _open(_with(shape, key, value), key)
-        if asked not in known:
-            progress(f"{key} {value}", len(known))
-            try:
-                work = source.reshaped(replace(asked, batch=cuts * (asked.batch or 1))).work
-                known[asked] = estimate(work, plan.hardware, plan.precision, techniques, quick=True,
-                                        max_grad_norm=plan.max_grad_norm, allocator=allocator)  # fmt: skip
-            except (ConfigError, ModelError):  # the model takes no such size
-                known[asked] = None
-        return known[asked]
+        return Trial(
+            hardware=plan.hardware,
+            precision=plan.precision,
+            techniques=tuple(techniques),
+            max_grad_norm=plan.max_grad_norm,
+            allocator=allocator,
+            ranks=rank_count(),
+            shape=replace(asked, batch=cuts * (asked.batch or 1)),
+            told=f"{key} {value}",
+        )
 
-    found = []
+    def ask(trial: Trial) -> Estimate:
+        if trial not in known:
+            progress(trial.told, len(known))
+            assert trial.shape is not None
+            shape = trial.shape
+            known[trial] = helpers.estimate(trial, lambda: trial.estimate(source.reshaped(shape).work))
+        return known[trial]
+
+    climbs = []
     for key in STEPS:
         start = _now(shape, key)
         if start is None or (key == "batch" and source.kind == "module"):
             continue
-        found.append(_climb(key, start, source.limits.get(key), attempt))
-    return tuple(piece for piece in found if piece is not None)
+        climbs.append(_climb(key, start, source.limits.get(key), partial(trial, key)))
+    return tuple(piece for piece in together(climbs, ask, helpers) if piece is not None)
 
 
 def _micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape, int]:
@@ -114,9 +129,13 @@ def _now(shape: Shape, key: str) -> int | None:
     return max(value) if isinstance(value, tuple) else value
 
 
-def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int], Estimate | None]) -> Largest | None:
-    first = attempt(key, start)
-    if first is None or not first.fit:
+def _climb(key: str, start: int, limit: int | None, trial: Callable[[int], Trial]) -> Piece[Largest | None]:
+    """Climb with one size; a size that the model does not take ends the way like a limit of its own."""
+    try:
+        first = yield (trial(start),)
+    except (ConfigError, ModelError):
+        return None
+    if not first.fit:
         return None
     known = {start: first.fit}
     best, least_bad = (start, first), None
@@ -124,8 +143,9 @@ def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int]
         guess = _guess(known, best[0], least_bad, STEPS[key], limit)
         if guess is None or guess == best[0]:
             break
-        tried = attempt(key, guess)
-        if tried is None:
+        try:
+            tried = yield (trial(guess),)
+        except (ConfigError, ModelError):
             least_bad, limit = guess, guess - STEPS[key]
             continue
         known[guess] = tried.fit
