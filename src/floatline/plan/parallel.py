@@ -163,11 +163,12 @@ class Helpers(Alone):
             _receive(process)  # loaded
             while (trial := self._next()) is not None:
                 _send(process, trial)
-                self._settle(trial, _receive(process))
+                outcome = _receive(process)
+                self._settle(trial, outcome if isinstance(outcome, Outcome) else _NONE)
                 trial = None
-        except (OSError, EOFError, pickle.PickleError, AttributeError, TypeError, ValueError):
+        except Exception:  # whatever became of the helper, this process can do its work
             if trial is not None:
-                self._settle(trial, _NONE)  # it is made here instead
+                self._settle(trial, _NONE)
 
     def _launch(self) -> subprocess.Popen[bytes]:
         with self._changed:
