@@ -12,10 +12,10 @@ from small_work import card
 
 from floatline.errors import ConfigError, ModelError, PrecisionError
 from floatline.hardware import lookup
-from floatline.plan import command, helper, parallel
+from floatline.plan import command, helper
 from floatline.plan.command import PlanRequest, answer, helpers_of
 from floatline.plan.largest import largest
-from floatline.plan.parallel import ALONE, Alone, Helpers, Outcome, room, together
+from floatline.plan.parallel import ALONE, Alone, Helpers, Outcome, together
 from floatline.plan.plan import plan
 from floatline.plan.shape import Shape
 from floatline.plan.sources import load_source
@@ -159,31 +159,6 @@ def test_a_computer_that_starts_no_process_is_no_obstacle(monkeypatch):
 
 
 # Who gets helpers
-
-
-def test_one_core_or_little_memory_has_none(monkeypatch):
-    monkeypatch.setattr(parallel, "_available", lambda: 64 * 2**30)
-    for cores, expected in ((1, 0), (2, 1), (4, 3), (64, 3)):
-        monkeypatch.setattr(parallel, "_cores", lambda cores=cores: cores)
-        assert room() == expected
-    for gib, expected in ((1, 0), (5, 0), (6, 1), (8, 2), (64, 3)):
-        monkeypatch.setattr(parallel, "_available", lambda gib=gib: gib * 2**30)
-        assert room() == expected
-
-
-def test_what_a_container_may_use_counts(monkeypatch):
-    files = {
-        "/sys/fs/cgroup/cpu.max": "150000 100000\n",
-        "/sys/fs/cgroup/memory.max": f"{8 * 2**30}\n",
-        "/sys/fs/cgroup/memory.current": f"{3 * 2**30}\n",
-        "/proc/meminfo": "MemAvailable: 67108864 kB\n",
-    }
-    monkeypatch.setattr(parallel, "_read", lambda path: files.get(path, ""))
-    assert parallel._cores() == 1 and parallel._available() == 5 * 2**30
-    files["/sys/fs/cgroup/cpu.max"], files["/sys/fs/cgroup/memory.max"] = "max 100000\n", "max\n"
-    assert parallel._cores() >= 1 and parallel._available() == 64 * 2**30
-    files.clear()
-    assert parallel._available() > 2**39  # nothing is told: plenty is assumed
 
 
 def test_a_users_function_and_a_cpu_get_none(monkeypatch, source, config):

@@ -17,8 +17,9 @@ from floatline.plan.allocator import AllocatorSettings
 from floatline.plan.estimate import Estimate, estimate
 from floatline.plan.export import accelerate_config, fsdp_config, not_expressible, trainer_arguments
 from floatline.plan.largest import Largest, largest
-from floatline.plan.parallel import ALONE, Alone, Helpers, room
+from floatline.plan.parallel import ALONE, Alone, Helpers
 from floatline.plan.plan import Plan, Progress, plan
+from floatline.plan.room import room
 from floatline.plan.shape import Shape
 from floatline.plan.sources import Source, load_source
 from floatline.plan.table import columns, component_table, trials_of_table

@@ -8,7 +8,7 @@ load the same model (helper.py) and lets them make estimates that will be asked 
     estimate(trial, make) the estimate: a helper's where one has it or is at it, else `make()`, here
 
 What was foreseen and is never asked for is dropped. A helper makes the same estimate as this process, to the byte, so
-a plan does not depend on how many there are; without room for one (`room`) or on the first trouble with one (it dies,
+a plan does not depend on how many there are; without room for one (room.py) or on the first trouble with one (it dies,
 it cannot load the model, it sends something else) the work is done here. `ALONE` is the same thing without helpers.
 
 Helpers start when a model has many layers or a trial took longer than a second: a small model is planned before a
@@ -29,7 +29,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from floatline.errors import FloatlineError
@@ -41,9 +40,6 @@ Piece = Generator[tuple[Trial, ...], Estimate, T]
 """Work that yields a trial it needs with others it may need next, is sent the estimate, and returns its answer."""
 SLOW = 1.0
 """Seconds of a trial from which helpers are worth their start, which takes about five."""
-MOST_HELPERS = 3
-HELD, SPARE = 2 * 2**30, 4 * 2**30
-"""Bytes of memory that a helper may take, and that must be left for this process and others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,29 +260,3 @@ def together(pieces: Sequence[Piece[T]], ask: Callable[[Trial], Estimate], helpe
         else:
             go_on(number, partial(pieces[number].send, found))
     return [answers[number] for number in range(len(pieces))]
-
-
-def room() -> int:
-    """Return for how many helpers this machine has cores and memory now."""
-    return max(0, min(MOST_HELPERS, _cores() - 1, (_available() - SPARE) // HELD))
-
-
-def _cores() -> int:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(allowed, int(quota) // int(period)) if quota.isdigit() and period.strip().isdigit() else allowed
-
-
-def _available() -> int:
-    """Bytes of memory that are free or can be freed, and what a container leaves of them; unknown is plenty."""
-    told = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
-    free = int(told[0]) * 1024 if told else 2**40
-    most, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return min(free, int(most) - int(used)) if most.isdigit() and used.isdigit() else free
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
