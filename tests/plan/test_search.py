@@ -164,4 +164,4 @@ def test_a_technique_that_the_model_does_not_survive_is_rejected_and_the_search_
     )
     plan = fl.plan(work, card(300), precision="32-true", exclude=["accumulation"], advice=False)
     reasons = {rejected.name: rejected.reason for rejected in plan.rejected}
-    assert "does not run with it: CheckpointError" in reasons["checkpointing"]
+    assert "does not run: CheckpointError" in reasons["checkpointing"]
