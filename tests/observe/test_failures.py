@@ -56,6 +56,27 @@ def test_an_op_without_a_fake_kernel_says_how_to_register_one():
     assert caught.value.hint == "register one: @torch.library.register_fake('floatline_tests::without_fake')"
 
 
+def test_a_kernel_that_another_backend_lacks_is_not_put_on_cuda():
+    def sparse(model, batch):
+        return torch.linalg.vector_norm(torch.eye(3).to_sparse()) + square(model, batch)
+
+    with pytest.raises(ModelError, match="does not run: NotImplementedError: Could not run 'aten::linalg_vector_norm'"):
+        trace(work(loss=sparse), hardware="t4")
+
+
+def test_a_batch_that_cannot_be_made_here_says_how_large_it_is(capfd):
+    with pytest.raises(ModelError, match=r"no memory for .* its batch above all: [\d.]+ GiB in one piece \(") as caught:
+        trace(work(batch=lambda: (torch.ones(2**50, 8),)), hardware="t4")
+    assert caught.value.hint == "plan a smaller batch or shorter samples"
+    assert capfd.readouterr().err == ""
+
+
+def test_torch_does_not_log_what_is_told(caplog):
+    with pytest.raises(ModelError):
+        trace(work(batch=lambda: (torch.ones(3, 7),)), hardware="t4")
+    assert not caplog.records
+
+
 def test_an_error_in_our_own_code_is_not_put_on_the_program():
     with pytest.raises(ZeroDivisionError) as caught:
         exec(compile("1 / 0", fl.__file__, "exec"), {})

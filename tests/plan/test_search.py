@@ -78,6 +78,11 @@ def test_what_changes_the_numbers_is_told_unless_it_was_asked_for():
     assert not any("changes the numbers" in note for note in asked.estimate.notes)
 
 
+def test_a_technique_to_keep_cannot_be_excluded():
+    with pytest.raises(ConfigError, match="lora is excluded, and it is one of the techniques to keep"):
+        fl.plan(blocks(rows=2), card(300), techniques=["lora(rank=2)"], exclude=["lora"])
+
+
 def test_nothing_can_be_left_out():
     plan = wide(500, exclude=["accumulation"])
     assert plan.fits

@@ -1,15 +1,16 @@
 """Turn what a traced program raises into an error that says what to provide.
 
-A plan runs the user's factories, model, loss and optimizer. What they raise has three kinds of cause: the program asks
-for a GPU by name, an op has no kernel for tensors without data, or the program itself is wrong (a batch without the
-key that the loss reads, shapes that do not match). Each is told with the line of the program where it came up; the
-error as it was stays the `__cause__`.
+A plan runs the user's factories, model, loss and optimizer. What they raise has four kinds of cause: the program asks
+for a GPU by name, an op has no kernel for tensors without data, the batch is too large to be made on this machine, or
+the program itself is wrong (a batch without the key that the loss reads, shapes that do not match). Each is told with
+the line of the program where it came up; the error as it was stays the `__cause__`.
 
 An error that comes up in Floatline's own code is not the program's fault, and passes as it is.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from floatline.observe.real import is_ours, is_torch, short_place
 
 _NO_FAKE_KERNEL = re.compile(r"no fake impl registered for <CustomOpDef\((\S+?)\)>")
 
+_TOO_MUCH = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+
 
 @contextmanager
 def explained() -> Iterator[None]:
@@ -28,6 +31,9 @@ def explained() -> Iterator[None]:
     Raises:
         ModelError: Instead of what the program raised.
     """
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    before = torchs.disabled
+    torchs.disabled = True  # it logs each failure with a trace of its own
     try:
         yield
     except FloatlineError:
@@ -37,15 +43,25 @@ def explained() -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+    finally:
+        torchs.disabled = before
 
 
 def explain(error: Exception) -> ModelError | None:
     """Return the error that tells of one raised by a traced program; None for one of Floatline's own."""
     said = first_line(error)
-    if isinstance(error, RuntimeError | AssertionError) and "cuda" in str(error).lower():
+    if isinstance(error, RuntimeError | AssertionError) and "cuda" in _but_for_lists(str(error)).lower():
         return ModelError(
             f"the program asks for a GPU by name, but a plan runs on the CPU: {said:.120}{_place(error)}",
             hint='take the device of an input (x.device) instead of "cuda" or .cuda()',
+        )
+    asked = _TOO_MUCH.search(str(error))
+    if asked is not None or isinstance(error, MemoryError):
+        size = f": {int(asked.group(1)) / 2**30:.1f} GiB in one piece" if asked else ""
+        return ModelError(
+            f"this machine has no memory for the part of the program that runs for real, its batch above all{size}"
+            f"{_place(error)}",
+            hint="plan a smaller batch or shorter samples",
         )
     custom = _NO_FAKE_KERNEL.search(str(error))
     if custom is not None:
@@ -59,6 +75,11 @@ def explain(error: Exception) -> ModelError | None:
         f"the program does not run: {type(error).__name__}: {said}{_place(error)}",
         hint="run one update of it on the CPU; where that works, plan a variant that does not need values",
     )
+
+
+def _but_for_lists(text: str) -> str:
+    """Leave out the list of all backends that torch adds where an op lacks a kernel for one of them."""
+    return text.partition("is only available for these backends")[0] if text.startswith("Could not run") else text
 
 
 def first_line(error: BaseException) -> str:

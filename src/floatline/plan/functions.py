@@ -110,7 +110,8 @@ def _load_module(place: str, text: str) -> Any:
         ) from None
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{text}: importing {place} failed: {type(error).__name__}: {error}", hint=f"try `python -c 'import {place}'`"
+            f"{text}: importing {place} failed: {type(error).__name__}: {error}",
+            hint=f"try `python -c 'import {place}'`",
         ) from error
     finally:
         if added and here in sys.path:

@@ -34,20 +34,22 @@ class Largest:
     Attributes:
         key: "batch" (samples a micro-batch), "seq" (tokens) or "image" (pixels a side).
         value: The largest that was traced and fits.
-        peak_total: Bytes then needed.
+        needed: Bytes that are then compared with the device's memory.
+        peak_total: Peak of what the allocator would hold with memory to spare, context included.
         limited_by: "memory" (a little more does not fit), "model" (it takes no more), or "tried" (more may fit; no
             further trial was made).
     """
 
     key: str
     value: int
+    needed: int
     peak_total: int
     limited_by: str
 
 
 def largest(
     source: Source,
-    plan: Plan,
+    plan: Plan | Estimate,
     progress: Callable[[str, int], None] = lambda what, done: None,
     *,
     allocator: AllocatorSettings | None = None,
@@ -56,13 +58,14 @@ def largest(
 
     Args:
         source: The model, in the shape that was planned.
-        plan: A plan that fits; without one the result is empty.
+        plan: A plan that fits, or an estimate, of inference for one; without a fit the result is empty.
         progress: Called before each trial.
         allocator: Settings of the caching allocator; None for torch's defaults.
     """
-    if not plan.fits:
+    found, clip = (plan, 1.0) if isinstance(plan, Estimate) else (plan.estimate, plan.max_grad_norm)
+    if not found.fit:
         return ()
-    techniques, shape, cuts = _micro_batch(plan, source.shape)
+    techniques, shape, cuts = _micro_batch(found, source.shape)
     known: dict[Shape, Estimate | None] = {}
 
     def attempt(key: str, value: int) -> Estimate | None:
@@ -71,31 +74,31 @@ def largest(
             progress(f"{key} {value}", len(known))
             try:
                 work = source.reshaped(replace(asked, batch=cuts * (asked.batch or 1))).work
-                known[asked] = estimate(work, plan.hardware, plan.precision, techniques, quick=True,
-                                        max_grad_norm=plan.max_grad_norm, allocator=allocator)  # fmt: skip
+                known[asked] = estimate(work, found.hardware, found.precision, techniques, found.mode, quick=True,
+                                        max_grad_norm=clip, allocator=allocator)  # fmt: skip
             except (ConfigError, ModelError):  # the model takes no such size
                 known[asked] = None
         return known[asked]
 
-    found = []
+    pieces = []
     for key in STEPS:
         start = _now(shape, key)
         if start is None or (key == "batch" and source.kind == "module"):
             continue
-        found.append(_climb(key, start, source.limits.get(key), attempt))
-    return tuple(piece for piece in found if piece is not None)
+        pieces.append(_climb(key, start, source.limits.get(key), attempt))
+    return tuple(piece for piece in pieces if piece is not None)
 
 
-def _micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape, int]:
+def _micro_batch(found: Estimate, shape: Shape) -> tuple[list[Technique], Shape, int]:
     """Return techniques, the shape of one micro-batch, and how many to run: what is asked is how large one may be.
 
     With accumulation two are run, for the second one meets the gradients of the first.
     """
-    techniques = [make_technique(text) for text in plan.techniques]
+    techniques = [make_technique(text) for text in found.techniques]
     others = [technique for technique in techniques if technique.name != "accumulation"]
-    if plan.estimate.micro_batches == 1:
+    if found.micro_batches == 1:
         return others, shape, 1
-    rows = -(-(shape.batch or 1) // plan.estimate.micro_batches)
+    rows = -(-(shape.batch or 1) // found.micro_batches)
     return [*others, make_technique("accumulation", {"micro_batches": 2})], replace(shape, batch=rows), 2
 
 
@@ -137,7 +140,7 @@ def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int]
         by = "model"
     else:
         by = "memory" if least_bad is not None and least_bad - best[0] <= max(STEPS[key], CLOSE * best[0]) else "tried"
-    return Largest(key=key, value=best[0], peak_total=best[1].peak_total, limited_by=by)
+    return Largest(key=key, value=best[0], needed=best[1].fit.needed, peak_total=best[1].peak_total, limited_by=by)
 
 
 def _guess(known: dict[int, Fit], best: int, least_bad: int | None, step: int, limit: int | None) -> int | None:

@@ -85,7 +85,9 @@ def _optimizer(work: Workload, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer; of a model that is frozen as a whole, for adapters to come, over all of it."""
     parameters = list(model.parameters())
     if not parameters:
-        raise ConfigError(f"{type(model).__name__} has no parameters, there is nothing to train", hint="plan a model that has some")
+        raise ConfigError(
+            f"{type(model).__name__} has no parameters, there is nothing to train", hint="plan a model that has some"
+        )
     return work.optimizer([parameter for parameter in parameters if parameter.requires_grad] or parameters)
 
 

@@ -24,7 +24,8 @@ class Workload:
         optimizer: `callable(params) -> Optimizer`.
 
     Raises:
-        ConfigError: `model` or `batch` is neither a factory nor the thing itself, or `loss` or `optimizer` is not callable.
+        ConfigError: `model` or `batch` is neither a factory nor the thing itself, or `loss` or `optimizer` is not
+            callable.
 
     Example:
         >>> work = Workload(model=lambda: nn.Linear(4, 1), batch=lambda: (torch.ones(2, 4),),
