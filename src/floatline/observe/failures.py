@@ -49,10 +49,10 @@ def explained() -> Iterator[None]:
 
 def explain(error: Exception) -> ModelError | None:
     """Return the error that tells of one raised by a traced program; None for one of Floatline's own."""
-    said = first_line(error)
+    said = first_line(error)[:200]
     if isinstance(error, RuntimeError | AssertionError) and "cuda" in _but_for_lists(str(error)).lower():
         return ModelError(
-            f"the program asks for a GPU by name, but a plan runs on the CPU: {said:.120}{_place(error)}",
+            f"the program asks for a GPU by name, but a plan runs on the CPU: {said[:120]}{_place(error)}",
             hint='take the device of an input (x.device) instead of "cuda" or .cuda()',
         )
     asked = _TOO_MUCH.search(str(error))
