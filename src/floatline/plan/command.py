@@ -170,7 +170,7 @@ class PlanReport:
             "hardware": self.hardware.name,
             "precision": self.estimate.precision,
             "precision_reason": self.precision_reason,
-            "estimate": {**self.estimate.as_dict(), "band": list(self.estimate.fit.band)},
+            "estimate": self.estimate.as_dict(),
             "source": _source_dict(self.source),
             "table": [{"mode": mode, **found.as_dict()} for (mode, _), found in self.table.items()],
             "largest": [vars(found) for found in self.largest],
@@ -289,7 +289,13 @@ def _inference(
     found = estimate(source.work, hardware, precision, mode="inference", allocator=request.allocator)
     table = _table(request, source, hardware, progress, TraceCache(source.work), helpers)
     return PlanReport(
-        source=source, hardware=hardware, estimate=found, precision_reason=reason, table=table, settings={}
+        source=source,
+        hardware=hardware,
+        estimate=found,
+        precision_reason=reason,
+        table=table,
+        largest=() if request.quick else largest(source, found, progress, allocator=request.allocator),
+        settings={},
     )
 
 

@@ -38,20 +38,22 @@ class Largest:
     Attributes:
         key: "batch" (samples a micro-batch), "seq" (tokens) or "image" (pixels a side).
         value: The largest that was traced and fits.
-        peak_total: Bytes then needed.
+        needed: Bytes that are then compared with the device's memory.
+        peak_total: Peak of what the allocator would hold with memory to spare, context included.
         limited_by: "memory" (a little more does not fit), "model" (it takes no more), or "tried" (more may fit; no
             further trial was made).
     """
 
     key: str
     value: int
+    needed: int
     peak_total: int
     limited_by: str
 
 
 def largest(
     source: Source,
-    plan: Plan,
+    plan: Plan | Estimate,
     progress: Callable[[str, int], None] = lambda what, done: None,
     *,
     allocator: AllocatorSettings | None = None,
@@ -61,23 +63,25 @@ def largest(
 
     Args:
         source: The model, in the shape that was planned.
-        plan: A plan that fits; without one the result is empty.
+        plan: A plan that fits, or an estimate, of inference for one; without a fit the result is empty.
         progress: Called before each trial.
         allocator: Settings of the caching allocator; None for torch's defaults.
         helpers: Processes that make estimates of the same source meanwhile.
     """
-    if not plan.fits:
+    found, clip = (plan, 1.0) if isinstance(plan, Estimate) else (plan.estimate, plan.max_grad_norm)
+    if not found.fit:
         return ()
-    techniques, shape, cuts = _micro_batch(plan, source.shape)
+    techniques, shape, cuts = _micro_batch(found, source.shape)
     known: dict[Trial, Estimate] = {}
 
     def trial(key: str, value: int) -> Trial:
         asked = _open(_with(shape, key, value), key)
         return Trial(
-            hardware=plan.hardware,
-            precision=plan.precision,
+            hardware=found.hardware,
+            precision=found.precision,
             techniques=tuple(techniques),
-            max_grad_norm=plan.max_grad_norm,
+            mode=found.mode,
+            max_grad_norm=clip,
             allocator=allocator,
             ranks=rank_count(),
             shape=replace(asked, batch=cuts * (asked.batch or 1)),
@@ -101,16 +105,16 @@ def largest(
     return tuple(piece for piece in together(climbs, ask, helpers) if piece is not None)
 
 
-def _micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape, int]:
+def _micro_batch(found: Estimate, shape: Shape) -> tuple[list[Technique], Shape, int]:
     """Return techniques, the shape of one micro-batch, and how many to run: what is asked is how large one may be.
 
     With accumulation two are run, for the second one meets the gradients of the first.
     """
-    techniques = [make_technique(text) for text in plan.techniques]
+    techniques = [make_technique(text) for text in found.techniques]
     others = [technique for technique in techniques if technique.name != "accumulation"]
-    if plan.estimate.micro_batches == 1:
+    if found.micro_batches == 1:
         return others, shape, 1
-    rows = -(-(shape.batch or 1) // plan.estimate.micro_batches)
+    rows = -(-(shape.batch or 1) // found.micro_batches)
     return [*others, make_technique("accumulation", {"micro_batches": 2})], replace(shape, batch=rows), 2
 
 
@@ -157,7 +161,7 @@ def _climb(key: str, start: int, limit: int | None, trial: Callable[[int], Trial
         by = "model"
     else:
         by = "memory" if least_bad is not None and least_bad - best[0] <= max(STEPS[key], CLOSE * best[0]) else "tried"
-    return Largest(key=key, value=best[0], peak_total=best[1].peak_total, limited_by=by)
+    return Largest(key=key, value=best[0], needed=best[1].fit.needed, peak_total=best[1].peak_total, limited_by=by)
 
 
 def _guess(known: dict[int, Fit], best: int, least_bad: int | None, step: int, limit: int | None) -> int | None:

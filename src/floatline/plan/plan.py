@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from floatline.errors import ConfigError
 from floatline.hardware import Hardware, resolve
 from floatline.plan.advice import Advice, advise
 from floatline.plan.allocator import AllocatorSettings
@@ -100,6 +101,7 @@ class Plan:
             "ladder": [
                 {
                     "added": rung.added,
+                    "needed": rung.estimate.fit.needed,
                     "peak_total": rung.estimate.peak_total,
                     "saved": rung.saved,
                     "slowdown": rung.slowdown,
@@ -213,12 +215,12 @@ def plan(
         The plan; `.fits` says whether there is one that fits.
 
     Raises:
-        ConfigError: An unknown name, or fixed choices that exclude each other.
+        ConfigError: An unknown name, fixed choices that exclude each other, or one that `exclude` names.
         ModelError: The model cannot run without values.
     """
     hardware = resolve(hardware)
     fixed = [make_technique(technique) for technique in techniques]
-    _check_names(exclude)
+    _check_names(exclude, fixed)
     choice = resolve_precision(precision, hardware)
     facts = probe(work)
     if facts.layers >= MANY_LAYERS:
@@ -243,6 +245,10 @@ def plan(
     )
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
+def _check_names(exclude: Sequence[str], fixed: Sequence[Technique]) -> None:
+    for name in exclude:
         technique_class(name)
+        if any(technique.name == name for technique in fixed):
+            raise ConfigError(
+                f"{name} is excluded, and it is one of the techniques to keep", hint="leave one of them out"
+            )

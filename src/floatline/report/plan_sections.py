@@ -240,17 +240,19 @@ def _held(estimate: Estimate) -> Section:
 def _largest(report: PlanReport) -> Section:
     rows = [
         (
-            _SIZES.get(found.key, found.key),
+            "samples a batch" if found.key == "batch" and report.plan is None else _SIZES.get(found.key, found.key),
             _value(found.value),
-            bytes_text(found.peak_total),
+            bytes_text(found.needed),
             _LIMITS.get(found.limited_by, ""),
         )
         for found in report.largest
     ]
     return Section(
         name="largest",
-        title="Largest that fits with this plan, one size raised at a time",
-        headings=("size", "up to", "peak", "then"),
+        title="Largest that fits "
+        + ("with this plan" if report.plan else "in inference")
+        + ", one size raised at a time",
+        headings=("size", "up to", "needs", "then"),
         rows=tuple(rows),
         numeric=frozenset({1, 2}),
     )
