@@ -66,7 +66,11 @@ def test_what_is_compared_with_the_memory_is_told():
 def largest_of(needed: int, held: int):
     made = estimate(blocks(), card(10_000))
     pressed = replace(made, peak_total=held, fit=replace(made.fit, needed=needed))
-    return _climb("batch", 1, 1, lambda key, value: pressed)
+    climb = _climb("batch", 1, 1, lambda value: None)
+    next(climb)
+    with pytest.raises(StopIteration) as end:
+        climb.send(pressed)
+    return end.value.value
 
 
 def test_each_shape_is_tried_once_and_few_are(source):

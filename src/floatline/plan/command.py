@@ -277,14 +277,22 @@ def _table(
     return component_table(source.work, hardware, progress, allocator=request.allocator, traces=traces, helpers=helpers)
 
 
+def inference_precision(request: PlanRequest, hardware: Hardware) -> tuple[str, str]:
+    """Return the precision of inference on a device, and why.
+
+    Raises:
+        PrecisionError: The one that was asked for is illegal there.
+    """
+    if request.precision != "auto":
+        return request.precision, resolve_precision(request.precision, hardware).reason
+    half = [name for mode, name in columns(hardware) if mode == "inference"][-1]
+    return half, "no weight is updated, so none needs more than the format that is multiplied"
+
+
 def _inference(
     request: PlanRequest, source: Source, hardware: Hardware, progress: Progress, helpers: Alone
 ) -> PlanReport:
-    if request.precision == "auto":
-        precision = [name for mode, name in columns(hardware) if mode == "inference"][-1]
-        reason = "no weight is updated, so none needs more than the format that is multiplied"
-    else:
-        precision, reason = request.precision, resolve_precision(request.precision, hardware).reason
+    precision, reason = inference_precision(request, hardware)
     progress(f"inference on {hardware.name}", 0)
     found = estimate(source.work, hardware, precision, mode="inference", allocator=request.allocator)
     table = _table(request, source, hardware, progress, TraceCache(source.work), helpers)
