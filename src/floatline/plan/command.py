@@ -253,7 +253,11 @@ def _training(
 ) -> PlanReport:
     traces = TraceCache(source.work)
     decided = planned(request, source, hardware, traces, progress, helpers=helpers)
-    table = _table(request, source, hardware, progress, traces, helpers)
+    helpers.foresee()  # what the search might have tried is of no use any more
+    sizes: tuple[Largest, ...] = ()
+    if not request.quick:
+        sizes = largest(source, decided, progress, allocator=request.allocator, helpers=helpers)
+    table = _table(request, source, hardware, progress, traces, helpers)  # last: helpers had time for it
     return PlanReport(
         source=source,
         hardware=hardware,
@@ -261,9 +265,7 @@ def _training(
         precision_reason=decided.precision_reason,
         plan=decided,
         table=table,
-        largest=()
-        if request.quick
-        else largest(source, decided, progress, allocator=request.allocator, helpers=helpers),
+        largest=sizes,
         settings=settings_of(decided),
         gaps=not_expressible(decided),
     )
