@@ -236,6 +236,27 @@ def _show_plan(
 
 
 @app.command()
+def diagnose(
+    path: Annotated[Path, typer.Argument(help="Run directory, or one below its findings/.")],
+    recipe: Annotated[Path | None, typer.Option(help="The run's resolved recipe, where it is not beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the first bad op of updates that were not finite, name the cause, try the cure.
+
+    Each kept update is run again, on its own weights, batch and random numbers. Exit code 1 where a fault is found.
+    """
+    from floatline.train.replay import replay_findings
+
+    found = replay_findings(path, recipe)
+    if as_json:
+        _print_json([replayed.as_dict() for replayed in found])
+    else:
+        print("\n\n".join(f"{replayed.path}\n{replayed.replay}" for replayed in found))
+    if any(replayed.replay.finding is not None for replayed in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(
     hardware: Annotated[str, typer.Option(help="auto is this machine; or cpu, t4, a100-40gb, h200, ...")] = "auto",
     as_json: Json = False,

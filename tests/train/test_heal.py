@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +21,15 @@ def hot_model(digits, tmp_path):
 
     In fp32 it computes about what it did before, for large activations pass GELU unchanged.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
+    shutil.copytree(digits / "model", tmp_path / "hot")
     model = AutoModelForImageTextToText.from_pretrained(digits / "model")
     mlp = model.model.visual.blocks[0].mlp
     with torch.no_grad():
         mlp.linear_fc1.weight.mul_(1e6)
         mlp.linear_fc2.weight.div_(1e6)
     model.save_pretrained(tmp_path / "hot")
-    AutoProcessor.from_pretrained(digits / "model").save_pretrained(tmp_path / "hot")
     return tmp_path / "hot"
 
 
@@ -82,3 +84,44 @@ def test_without_healing_it_is_skipped_and_stopped_and_kept(run, hot_model, tmp_
     findings = sorted((tmp_path / "run/findings").iterdir())
     assert [path.name for path in findings] == ["update-00000001", "update-00000002"]
     assert not records(tmp_path / "run", "cure")
+
+
+def test_a_kept_step_is_diagnosed_later_from_the_command_line(run, hot_model, tmp_path, floatline):
+    with pytest.raises(NonFiniteError):
+        run("run", "precision=16-mixed", f"model.path={hot_model}", "guard.on_fault=stop")
+    home = tmp_path / "run"
+    done = floatline("diagnose", str(home))
+    assert (
+        done.returncode == 1
+        and "update 1: reproduced" in done.stdout
+        and f"of {FC1}" in done.stdout
+        and "cured" in done.stdout
+    )
+    finding = json.loads((home / "findings/update-00000001/finding.json").read_text())
+    assert finding["module"] == FC1 and finding["cause_name"] == "overflow"
+    told = json.loads(floatline("diagnose", str(home / "findings/update-00000001"), "--json").stdout)
+    assert told[0]["outcome"] == "reproduced" and told[0]["finding"]["phase"] == "forward"
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda home: home, "is no run or bundle"),
+    (lambda home: _written(home / "findings/update-00000001/bundle.pt", b"nonsense"), "is not loaded"),
+    (lambda home: _saved(home / "findings/update-00000001/bundle.pt", {"version": 99}), "no bundle of version 1"),
+    (lambda home: _saved(home / "findings/update-00000001/bundle.pt", Path("x")), "nothing in it was run"),
+])  # fmt: skip
+def test_what_is_no_bundle_is_refused(tmp_path, recipe_file, floatline, make, said):
+    shutil.copy(recipe_file, tmp_path / "recipe.yaml") if not (tmp_path / "recipe.yaml").exists() else None
+    done = floatline("diagnose", str(make(tmp_path)))
+    assert done.returncode == 2 and said in done.stderr
+
+
+def _written(path, content):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path.parent
+
+
+def _saved(path, value):
+    path.parent.mkdir(parents=True)
+    torch.save(value, path)
+    return path.parent

@@ -30,6 +30,9 @@ class NoLossScaling:
         """Return the loss scale (on CUDA reading it waits for the device), None without scaling."""
         return None
 
+    def set(self, scale: float) -> None:
+        """Start from another scale; nothing without scaling."""
+
     def tensor(self) -> torch.Tensor | None:
         """Return the loss scale as a tensor on its device, None without scaling or before the first update."""
         return None
@@ -52,6 +55,7 @@ class LossScaling(NoLossScaling):
     active = True
 
     def __init__(self, device_type: str, init_scale: float = 2.0**16) -> None:
+        self._device_type = device_type
         self.scaler = torch.amp.GradScaler(device_type, init_scale=init_scale)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -65,6 +69,8 @@ class LossScaling(NoLossScaling):
 
         On CUDA reading the loss would wait for the device, so there the scale falls in that case as well.
         """
+        if self.scaler._scale is None:
+            return  # no loss has been scaled yet: the first one was not finite
         if not loss.is_cuda and not torch.isfinite(loss):
             self.scaler.update(self.scaler.get_scale())
         else:
@@ -72,6 +78,9 @@ class LossScaling(NoLossScaling):
 
     def current(self) -> float:
         return float(self.scaler.get_scale())
+
+    def set(self, scale: float) -> None:
+        self.scaler = torch.amp.GradScaler(self._device_type, init_scale=scale)
 
     def tensor(self) -> torch.Tensor | None:
         scale: torch.Tensor | None = self.scaler._scale

@@ -186,7 +186,7 @@ def _build(
         for split, found in samples.items()
     }
     checkpoint = ranks.on_first(lambda: _checkpoint_to_go_on_from(rundir, say))
-    model = ranks.together(lambda: _load(recipe, resolved.policy, checkpoint))
+    model = ranks.together(lambda: load_start(recipe, resolved.policy, checkpoint))
     model.to(resolved.device).train()
     step = make_step(model, resolved)
     if ranks.rank:
@@ -201,7 +201,7 @@ def _build(
         batch_size=recipe.eval.batch_size or recipe.train.batch_size,
         max_new_tokens=recipe.data.max_answer_tokens,
     )
-    weights = make_weights(step, encoder.processor, partial(_load, recipe, resolved.policy))
+    weights = make_weights(step, encoder.processor, partial(load_start, recipe, resolved.policy))
     if isinstance(weights, AdapterWeights):
         ranks.on_first(lambda: note_base(manifest, recipe.model.path, model_files(recipe.model.path)))
     state = None
@@ -282,7 +282,7 @@ def _checkpoint_to_go_on_from(rundir: RunDirectory, say: Say) -> Path | None:
     return checkpoint
 
 
-def _load(recipe: Recipe, policy: Policy, checkpoint: Path | None) -> nn.Module:
+def load_start(recipe: Recipe, policy: Policy, checkpoint: Path | None) -> nn.Module:
     """Return the model of a checkpoint, or as the recipe starts from; adapters are read later, onto that."""
     if checkpoint and not holds_adapter(checkpoint):
         return load_model(str(checkpoint), checkpoint_format(policy), recipe.model.attention)
