@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from floatline.errors import NonFiniteError
+from floatline.report import load_run, render_text, write_html
 from floatline.train import load_recipe, train
 
 FC1 = "model.visual.blocks.0.mlp.linear_fc1"
@@ -68,6 +69,11 @@ def test_an_overflowing_module_becomes_an_island_and_the_run_ends_as_in_fp32(run
     assert all(record["applied"] for record in records(home, "step")[-4:])
     told = capsys.readouterr().err
     assert "healed at update 1: precision = 16-mixed; " in told and "floatline diagnose " in told
+    report = render_text([load_run(home)])
+    write_html([load_run(home)], home / "report.html")
+    assert "Healed at update 1: precision = 16-mixed; " in report and "rollback" in report
+    assert FC1 in (home / "report.html").read_text()
+    assert [step.step for step in load_run(home).steps] == list(range(1, 13))
 
 
 def test_the_resolved_recipe_starts_healed(run, hot_model, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from floatline.errors import RunDirectoryError
-from floatline.report.records import Eval, Fault, Sample, Step, as_mapping, as_number
+from floatline.report.records import Alarm, Cure, Eval, Fault, Sample, Step, as_mapping, as_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class RunData:
         steps: Updates in order, each number once.
         evals: Evaluations in order.
         faults: Updates that the guard refused.
+        cures: What the run changed so that they do not come again.
+        alarms: Trouble that no NaN showed.
         samples: Answers of the last evaluation.
         recipe: The resolved recipe, empty when missing.
         recipe_text: The same as it stands in the file.
@@ -39,6 +41,8 @@ class RunData:
     steps: tuple[Step, ...] = ()
     evals: tuple[Eval, ...] = ()
     faults: tuple[Fault, ...] = ()
+    cures: tuple[Cure, ...] = ()
+    alarms: tuple[Alarm, ...] = ()
     samples: tuple[Sample, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
@@ -79,6 +83,8 @@ def load_run(path: str | Path) -> RunData:
         steps=tuple(metrics.steps),
         evals=tuple(metrics.evals),
         faults=tuple(metrics.faults),
+        cures=tuple(metrics.cures),
+        alarms=tuple(metrics.alarms),
         samples=samples,
         recipe=recipe,
         recipe_text=recipe_text,
@@ -112,6 +118,8 @@ class _Metrics:
         self.steps: list[Step] = []
         self.evals: list[Eval] = []
         self.faults: list[Fault] = []
+        self.cures: list[Cure] = []
+        self.alarms: list[Alarm] = []
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> _Metrics:
@@ -125,8 +133,19 @@ class _Metrics:
             elif kind == "eval":
                 metrics.evals.append(Eval.read(line))
             elif kind == "fault":
-                metrics.faults.append(Fault.read(line))
+                metrics.refuse(Fault.read(line))
+            elif kind == "cure":
+                metrics.cures.append(Cure.read(line))
+            elif kind == "alarm":
+                metrics.alarms.append(Alarm.read(line))
         return metrics
+
+    def refuse(self, fault: Fault) -> None:
+        """Note a fault; the updates that a rollback took back are made again, the fault stays."""
+        self.faults.append(fault)
+        if math.isfinite(fault.to):
+            while self.steps and self.steps[-1].step > fault.to:
+                self.steps.pop()
 
     def add(self, step: Step) -> None:
         if self.steps and self.steps[-1].step >= step.step:

@@ -103,16 +103,57 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One update that the guard refused: `what` is "loss", "gradient" or "overflow"."""
+    """One update that the guard refused: `what` is "loss", "gradient", "buffer" or "overflow".
+
+    `action` is "skip", "leave out" (one micro-batch of it) or "rollback" (to update `to`).
+    """
 
     step: int
     what: str
     action: str
     reason: str
+    to: float = NAN
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Fault:
-        return cls(step=int(line["step"]), **{key: as_text(line.get(key)) for key in ("what", "action", "reason")})
+        texts = {key: as_text(line.get(key)) for key in ("what", "action", "reason")}
+        return cls(step=int(line["step"]), to=as_number(line.get("to")), **texts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cure:
+    """What a run changed so that a fault does not come again, and the diagnosis that it rests on."""
+
+    step: int
+    what: str
+    key: str
+    value: str
+    reason: str
+    finding: str
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> Cure:
+        texts = {key: as_text(line.get(key)) for key in ("what", "key", "value", "reason", "finding")}
+        return cls(step=int(line["step"]), **texts)
+
+    @property
+    def done(self) -> str:
+        """What was changed, in a few words."""
+        return f"{self.key} = {self.value}" if self.key else "the batch is left out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alarm:
+    """Trouble that no NaN showed."""
+
+    step: int
+    what: str
+    text: str
+    remedy: str
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> Alarm:
+        return cls(step=int(line["step"]), **{key: as_text(line.get(key)) for key in ("what", "text", "remedy")})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

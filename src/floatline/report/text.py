@@ -81,6 +81,13 @@ def _one(out: Paper, run: RunData, label: str) -> None:
     if run.faults:
         rows = [(str(f.step), f.what, f.action, f.reason) for f in run.faults[:LISTED]]
         out.table(_title("Faults and overflows", len(run.faults)), ("update", "what", "action", "reason"), rows)
+    for cure in run.cures[:LISTED]:
+        out.line()
+        out.line(f"Healed at update {cure.step}: {cure.done}")
+        out.line(cure.reason)
+    if run.alarms:
+        rows = [(str(alarm.step), alarm.what, alarm.text, alarm.remedy) for alarm in run.alarms[:LISTED]]
+        out.table(_title("Warnings", len(run.alarms)), ("update", "what", "measured", "remedy"), rows)
     wrong = [sample for sample in pick(run.samples) if sample.correct is False]
     if wrong:
         total = sum(sample.correct is False for sample in run.samples)
