@@ -25,19 +25,24 @@ class Row:
     Attributes:
         hardware: The GPU.
         plan: How to train on it; None for inference.
-        estimate: With the plan's techniques, or of inference; None where the GPU cannot do what was asked.
-        refused: Why it cannot.
+        inference: The estimate of inference; None for training.
+        refused: Why the GPU cannot do what was asked.
     """
 
     hardware: Hardware
     plan: Plan | None = None
-    estimate: Estimate | None = None
+    inference: Estimate | None = None
     refused: str = ""
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """With the plan's techniques, or of inference; None where the GPU cannot do what was asked."""
+        return self.plan.estimate if self.plan is not None else self.inference
 
     @property
     def plain(self) -> Estimate | None:
         """The estimate without any technique."""
-        return self.plan.ladder[0].estimate if self.plan is not None else self.estimate
+        return self.plan.ladder[0].estimate if self.plan is not None else self.inference
 
     @property
     def fits(self) -> bool:
@@ -143,8 +148,7 @@ def _row(request: PlanRequest, source: Source, gpu: Hardware, traces: TraceCache
             progress(f"inference on {gpu.name}", 0)
             precision, _ = inference_precision(request, gpu)
             found = estimate(source.work, gpu, precision, mode="inference", allocator=request.allocator, traces=traces)
-            return Row(hardware=gpu, estimate=found)
-        made = planned(request, source, gpu, traces, progress, advice=False)
-        return Row(hardware=gpu, plan=made, estimate=made.estimate)
+            return Row(hardware=gpu, inference=found)
+        return Row(hardware=gpu, plan=planned(request, source, gpu, traces, progress, advice=False))
     except ConfigError as error:  # this GPU cannot do what was fixed, others may
         return Row(hardware=gpu, refused=error.message)
