@@ -66,6 +66,7 @@ class Telemetry:
     def flush(self) -> None:
         """Read and write all waiting records."""
         if not self._waiting:
+            self._write_skips()
             return
         outputs = [output for output, _ in self._waiting]
         values = _read([tensor for o in outputs for tensor in (o.loss, o.grad_norm, o.applied)])
