@@ -175,7 +175,9 @@ def _of_suggestion(norms: NormDistribution, value: float, median: float) -> str:
             f"There are no outliers, the largest norm is ×{norms.largest / median:.1f} of the median: clipping at "
             f"{value:g} leaves all of them and guards against what may come."
         )
-    return f"Clipping at {value:g} would cut the largest {norms.share_above(value):.0%} and leave the others as they are."
+    return (
+        f"Clipping at {value:g} would cut the largest {norms.share_above(value):.0%} and leave the others as they are."
+    )
 
 
 def _of_drift(norms: NormDistribution, median: float) -> str:

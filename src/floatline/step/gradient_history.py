@@ -34,10 +34,11 @@ class Point:
     Attributes:
         step: The first update of the stretch.
         updates: How many it covers.
-        largest: Largest magnitude of any element.
-        mean: Mean magnitude of the elements, mean over the updates.
-        norm: Total 2-norm, mean over the updates.
+        norm: Total 2-norm, mean over the finite updates.
         top_norm: Largest total 2-norm.
+        looked: Finite updates whose elements were looked at, for the next two.
+        largest: Largest magnitude of any element; NaN where nobody looked.
+        mean: Mean magnitude of the elements, mean over the updates; likewise.
         bad_updates: Updates with NaN or Inf in a gradient.
         bad_parameters: Parameters with NaN or Inf, summed over the updates.
         bad_elements: Non-finite elements likewise; at least one a bad parameter where they were not counted.
@@ -45,33 +46,35 @@ class Point:
 
     step: int
     updates: int
-    largest: float
-    mean: float
     norm: float
     top_norm: float
+    looked: int = 0
+    largest: float = math.nan
+    mean: float = math.nan
     bad_updates: int = 0
     bad_parameters: int = 0
     bad_elements: int = 0
 
     def merge(self, other: Point) -> None:
         """Take in the stretch that follows."""
-        own, its = self.updates - self.bad_updates, other.updates - other.bad_updates
-        self.mean = _mean(self.mean, own, other.mean, its)
-        self.norm = _mean(self.norm, own, other.norm, its)
-        if not own or its:
-            keep = own > 0
-            self.largest = max(self.largest, other.largest) if keep else other.largest
-            self.top_norm = max(self.top_norm, other.top_norm) if keep else other.top_norm
+        fine, its_fine = self.updates - self.bad_updates, other.updates - other.bad_updates
+        self.norm, self.top_norm = _merged((self.norm, self.top_norm, fine), (other.norm, other.top_norm, its_fine))
+        self.mean, self.largest = _merged(
+            (self.mean, self.largest, self.looked), (other.mean, other.largest, other.looked)
+        )
         self.updates += other.updates
+        self.looked += other.looked
         self.bad_updates += other.bad_updates
         self.bad_parameters += other.bad_parameters
         self.bad_elements += other.bad_elements
 
 
-def _mean(one: float, weight: int, other: float, its: int) -> float:
-    if not weight or not its:
-        return one if weight else other
-    return (one * weight + other * its) / (weight + its)
+def _merged(one: tuple[float, float, int], other: tuple[float, float, int]) -> tuple[float, float]:
+    """Return mean and largest of two stretches, each given as (mean, largest, updates); one of none counts not."""
+    (mean, top, weight), (its_mean, its_top, its_weight) = one, other
+    if not weight or not its_weight:
+        return (its_mean, its_top) if its_weight else (mean, top)
+    return (mean * weight + its_mean * its_weight) / (weight + its_weight), max(top, its_top)
 
 
 class Points:

@@ -49,7 +49,7 @@ class GradientReport:
     Attributes:
         step: The update, the first is 1; 0 when none has been read yet (`lag=True`).
         norm: Total 2-norm, unscaled; NaN or inf as it was, NaN without any gradient.
-        largest: Largest magnitude of an element, likewise.
+        largest: Largest magnitude of an element, likewise; None where elements were not looked at.
         mean: Mean magnitude, likewise.
         bad: Parameters whose gradient is not finite.
         missing: Trainable parameters without a gradient. Only when all are is that a problem.
@@ -60,8 +60,8 @@ class GradientReport:
 
     step: int
     norm: float
-    largest: float
-    mean: float
+    largest: float | None = None
+    mean: float | None = None
     bad: tuple[BadGradient, ...] = ()
     missing: tuple[str, ...] = ()
     parameters: int = 0
@@ -71,7 +71,7 @@ class GradientReport:
     @property
     def finite(self) -> bool:
         """Whether every gradient is finite and there is one: the update may be made."""
-        return not self.bad and self.parameters > 0 or self.step == 0
+        return (not self.bad and self.parameters > 0) or self.step == 0
 
     @property
     def all_zero(self) -> bool:
@@ -125,7 +125,9 @@ class GradientReport:
             return f"update {self.step}: {count}: {listed}{more}"
         if self.all_zero:
             return f"update {self.step}: all {self.parameters} gradients are zero"
-        text = f"update {self.step}: norm {self.norm:.4g}, largest {self.largest:.4g}, mean {self.mean:.4g}"
+        text = f"update {self.step}: norm {self.norm:.4g}"
+        if self.largest is not None and self.mean is not None:
+            text += f", largest {self.largest:.4g}, mean {self.mean:.4g}"
         if self.large and self.max_grad_norm is not None:
             text += f"; that is ×{self.norm / self.max_grad_norm:.0f} of the clip norm {self.max_grad_norm:g}"
         return text

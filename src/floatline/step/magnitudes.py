@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from floatline.step.norm import Alike, GradientNorms
+from floatline.step.norm import Alike, GradientNorms, wide_dtype
 
 _BLOCK = 65_536
 """Elements; 256 KiB of fp32."""
@@ -42,7 +42,7 @@ def _of(group: Alike) -> tuple[torch.Tensor, torch.Tensor]:
         largest, sums = _largest_on_cpu(group.parts), _sums_on_cpu(group.parts)
     else:
         largest, sums = (
-            torch.stack(torch._foreach_norm(group.parts, order, dtype=torch.float32))  # type: ignore[arg-type]
+            torch.stack(torch._foreach_norm(group.parts, order, dtype=wide_dtype(group.parts))).float()
             for order in (math.inf, 1)
         )
     return group.over_ranks(largest, "max"), group.over_ranks(sums)
@@ -50,27 +50,22 @@ def _of(group: Alike) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _largest_on_cpu(parts: list[torch.Tensor]) -> torch.Tensor:
     ends = [torch.aminmax(part) for part in parts]
-    low = torch.stack([end.min for end in ends]) if _one_dtype(parts) else _floats([end.min for end in ends])
-    high = torch.stack([end.max for end in ends]) if _one_dtype(parts) else _floats([end.max for end in ends])
+    same = len({part.dtype for part in parts}) == 1
+    low, high = (
+        torch.stack(values if same else [value.float() for value in values])
+        for values in ([end.min for end in ends], [end.max for end in ends])
+    )
     return torch.maximum(-low, high).float()
-
-
-def _one_dtype(parts: list[torch.Tensor]) -> bool:
-    return len({part.dtype for part in parts}) == 1
-
-
-def _floats(values: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([value.float() for value in values])
 
 
 def _sums_on_cpu(parts: list[torch.Tensor]) -> torch.Tensor:
     buffers: dict[torch.dtype, torch.Tensor] = {}
-    return torch.stack([_sum_on_cpu(part, buffers) for part in parts])
+    return torch.stack([_sum_on_cpu(part, buffers).float() for part in parts])
 
 
 def _sum_on_cpu(part: torch.Tensor, buffers: dict[torch.dtype, torch.Tensor]) -> torch.Tensor:
     if part.numel() <= _SMALL:
-        return torch.linalg.vector_norm(part, 1, dtype=torch.float32)
+        return torch.linalg.vector_norm(part, 1, dtype=wide_dtype([part]))
     if part.dtype not in buffers:
         buffers[part.dtype] = torch.empty(_BLOCK, dtype=part.dtype)
     buffer = buffers[part.dtype]

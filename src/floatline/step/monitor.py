@@ -50,7 +50,7 @@ from torch import nn
 from floatline.errors import ConfigError, FloatlineWarning, RunDirectoryError, did_you_mean
 from floatline.step.clip_advice import ClipAdvice, NormDistribution, advise
 from floatline.step.gradient_history import Point, Points, Rows
-from floatline.step.gradient_report import LARGE, BadGradient, GradientReport
+from floatline.step.gradient_report import BadGradient, GradientReport
 from floatline.step.magnitudes import magnitudes_of, nonfinite_counts
 from floatline.step.norm import GradientNorms, norms_of
 from floatline.step.readback import Readback
@@ -69,6 +69,7 @@ class _Look:
     sizes: list[int]
     missing: tuple[str, ...]
     numbers: Readback
+    looked: bool
     scale: float | None
 
 
@@ -81,6 +82,8 @@ class GradientMonitor:
             warning.
         every: Updates between rows of norms by layer or parameter. The totals are kept of every update.
         per: "layer" sums up the parameters of each repeated layer, and of each other module; "parameter" does not.
+        elements_every: Updates between looks at largest and mean magnitude, which read the gradients twice more; the
+            total norm and NaN and Inf are seen in every update.
         history: Points to keep over the whole run (a quarter as many rows by layer); older ones are merged.
         lag: Return the report of the update before, so that the host never waits for the device.
 
@@ -104,13 +107,15 @@ class GradientMonitor:
         max_grad_norm: float | None = 1.0,
         every: int = 10,
         per: Literal["layer", "parameter"] = "layer",
+        elements_every: int = 1,
         history: int = 1000,
         lag: bool = False,
     ) -> None:
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}", hint="give a positive number, or None")
-        if every < 1:
-            raise ConfigError(f"every is {every}", hint="give 1 or more updates between rows of norms")
+        for name, value in (("every", every), ("elements_every", elements_every)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}", hint="give 1 (look at every update) or more")
         if history < 8:
             raise ConfigError(f"history is {history}", hint="give 8 points or more")
         if per not in _PER:
@@ -119,13 +124,14 @@ class GradientMonitor:
         self.max_grad_norm = max_grad_norm
         self.per = per
         self.lag = lag
+        self.elements_every = elements_every
         self.step = 0
         self.large_updates = 0
         self.distribution = NormDistribution()
         self.points = Points(history // 2 * 2)
         self.rows = Rows(max(2, history // 8 * 2), every)
         self._waiting: _Look | None = None
-        self._last = GradientReport(0, math.nan, math.nan, math.nan)
+        self._last = GradientReport(0, math.nan)
         self.refresh()
 
     def refresh(self) -> None:
@@ -252,7 +258,10 @@ class GradientMonitor:
     @torch.no_grad()
     def _start(self, norms: GradientNorms, scale: Any) -> _Look:
         """Compute on the device, and start to read."""
-        columns = [norms.each, *magnitudes_of(norms)]
+        columns = [norms.each]
+        looked = (self.step - 1) % self.elements_every == 0
+        if looked:
+            columns += magnitudes_of(norms)
         factor = _factor(scale)
         if isinstance(factor, torch.Tensor):  # read with the others
             columns.append(factor.detach().to(norms.each.device, torch.float32).reshape(1))
@@ -260,27 +269,26 @@ class GradientMonitor:
         missing = tuple(n for n, p in self._named if p.grad is None and p.requires_grad and n not in known)
         sizes = [size for group in norms.groups for size in group.sizes]
         known_scale = None if scale is None or isinstance(factor, torch.Tensor) else float(factor)
-        return _Look(self.step, norms.names, sizes, missing, Readback(torch.cat(columns)), known_scale)
+        return _Look(self.step, norms.names, sizes, missing, Readback(torch.cat(columns)), looked, known_scale)
 
     def _finish(self, look: _Look, norms: GradientNorms | None = None) -> GradientReport:
         """Read, judge and record one update; `norms` where its gradients are still there to be counted."""
         numbers = look.numbers.tolist()
         count = len(look.names)
-        scaled = look.scale is not None or len(numbers) > 3 * count
-        factor = 1.0 / (numbers.pop() if len(numbers) > 3 * count else look.scale or 1.0)
+        scale_read = len(numbers) > (3 if look.looked else 1) * count
+        factor = 1.0 / (numbers.pop() if scale_read else look.scale or 1.0)
         each = [value * factor for value in numbers[:count]]
-        total = math.sqrt(_sum_of_squares(each))
-        bad = () if math.isfinite(total) else self._bad(look, each, norms)
+        total = math.sqrt(sum(norm * norm for norm in each))
         report = GradientReport(
             step=look.step,
-            norm=total if total == total else math.nan,
-            largest=_largest(numbers[count : 2 * count]) * factor,
-            mean=sum(numbers[2 * count :]) * factor / sum(look.sizes),
-            bad=bad,
+            norm=total,
+            largest=_largest(numbers[count : 2 * count]) * factor if look.looked else None,
+            mean=sum(numbers[2 * count :]) * factor / sum(look.sizes) if look.looked else None,
+            bad=() if math.isfinite(total) else self._bad(look, each, norms),
             missing=look.missing,
             parameters=count,
             max_grad_norm=self.max_grad_norm,
-            scaled=scaled,
+            scaled=scale_read or look.scale is not None,
         )
         self._record(report, dict(zip(look.names, each, strict=True)))
         return report
@@ -288,16 +296,16 @@ class GradientMonitor:
     def _bad(self, look: _Look, each: list[float], norms: GradientNorms | None) -> tuple[BadGradient, ...]:
         sick = [place for place, norm in enumerate(each) if not math.isfinite(norm)]
         counts = nonfinite_counts(norms, {look.names[place] for place in sick}) if norms is not None else {}
-        return tuple(
-            BadGradient(look.names[i], *counts.get(look.names[i], (None, None)), look.sizes[i], each[i]) for i in sick
-        )
+        found = []
+        for place in sick:
+            nan, inf = counts.get(look.names[place], (None, None))
+            found.append(BadGradient(look.names[place], nan, inf, look.sizes[place], each[place]))
+        return tuple(found)
 
     def _report_none(self) -> GradientReport:
         self.flush()
         missing = tuple(name for name, parameter in self._named if parameter.requires_grad)
-        report = GradientReport(
-            self.step, math.nan, math.nan, math.nan, missing=missing, max_grad_norm=self.max_grad_norm
-        )
+        report = GradientReport(self.step, math.nan, missing=missing, max_grad_norm=self.max_grad_norm)
         self._last = report
         return report
 
@@ -307,8 +315,10 @@ class GradientMonitor:
         if not bad:
             self.distribution.add(report.norm)
         elements = sum(max(1, (one.nan or 0) + (one.inf or 0)) for one in report.bad)
-        point = Point(report.step, 1, report.largest, report.mean, report.norm, report.norm)
+        point = Point(report.step, 1, report.norm, report.norm)
         point.bad_updates, point.bad_parameters, point.bad_elements = int(bad > 0), bad, elements
+        if report.largest is not None and report.mean is not None:
+            point.looked, point.largest, point.mean = int(not bad), report.largest, report.mean
         self.points.add(point)
         if bad or self.rows.due(report.step):
             self.rows.add(report.step, self._by_row(each))
@@ -353,10 +363,6 @@ def _factor(scale: Any) -> Any:
     if scale is None or (isinstance(scale, int | float) and 0 < scale < math.inf):
         return scale
     raise ConfigError(f"scale is {scale!r}", hint="give the GradScaler, its scale as a positive number, or nothing")
-
-
-def _sum_of_squares(values: list[float]) -> float:
-    return sum(value * value for value in values)
 
 
 def _largest(values: list[float]) -> float:

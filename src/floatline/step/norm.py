@@ -120,10 +120,15 @@ def total_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _norms(group: Alike) -> torch.Tensor:
-    norms = torch.stack(torch._foreach_norm(group.parts, 2, dtype=torch.float32))  # type: ignore[arg-type]
+    norms = torch.stack(torch._foreach_norm(group.parts, 2, dtype=wide_dtype(group.parts))).float()
     if group.mesh is None:
         return norms
     return group.over_ranks(norms.double().square()).sqrt().float()  # fp64: the square of a small norm is not 0
+
+
+def wide_dtype(parts: list[torch.Tensor]) -> torch.dtype:
+    """Return the format that norms of these are taken in: fp32, but of fp64 gradients fp64, which torch does not narrow."""
+    return torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
 
 
 def _alike(pairs: list[tuple[str, torch.Tensor]]) -> tuple[Alike, ...]:
