@@ -3,16 +3,17 @@
     python benchmarks/monitor_overhead.py
     python benchmarks/monitor_overhead.py --model 0.2M --json benchmarks/results/monitor_overhead_NAME_DATE.json
 
-One small transformer (step_contestants.py) is trained by a bare loop: forward and backward in fp32 or bf16 autocast, clip,
-fused AdamW. After each backward every monitor looks at the same gradients, in turns; who begins changes from update to
-update. What one look takes is set beside what the bare update takes without any.
+One small transformer (step_contestants.py) is trained by a bare loop: forward and backward in fp32 or bf16 autocast,
+clip, fused AdamW. After each backward every monitor looks at the same gradients, in turns; who begins changes from
+update to update. What one look takes is set beside what the bare update takes without any.
 
     us a look     median over all updates
-    ratio         (bare update + look) / bare update, of the medians
     p10-p90       of the look
+    ratio         (bare update + look) / bare update, of the medians
 
-"asks each parameter" is what a common guide does: isnan, isinf, max and mean of each gradient, each read by the host. On a GPU
-each of these reads also waits for the device; that is not measured here. "2-norms only" is what clipping computes anyway.
+"asks each parameter" is what a common guide does: isnan, isinf, max and mean of each gradient, each read by the host. On
+a GPU each of these reads also waits for the device; that is not measured here. "2-norms only" is what clipping computes
+anyway.
 """
 
 from __future__ import annotations

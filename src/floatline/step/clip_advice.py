@@ -1,7 +1,7 @@
 """Which value to clip gradients at, judged from the norms that the run itself had.
 
-Every finite norm is counted in a bin a sixteenth of an octave wide, so the whole run's distribution is at hand in bounded
-memory, with quantiles that are off by at most 2.2 %. There is no right clip value for all models; what can be
+Every finite norm is counted in a bin a sixteenth of an octave wide, so the whole run's distribution is at hand in
+bounded memory, with quantiles that are off by at most 2.2 %. There is no right clip value for all models; what can be
 measured is which share of the updates each value would have touched, and whether there are outliers to cut at all.
 
 Not covered: whether training would have gone better with another value. Norms under another clip value would have
@@ -130,8 +130,8 @@ def advise(norms: NormDistribution, max_grad_norm: float | None) -> ClipAdvice:
         text = f"{norms.updates} finite updates so far; clip values can be judged from {_ENOUGH} on."
         return ClipAdvice(updates=norms.updates, candidates=(), suggested=None, text=text)
     median, p90, p99 = (norms.quantile(share) for share in (0.5, 0.9, 0.99))
-    named = {_round(median): "median", _round(p90): "90 % lie below", _round(p99): "99 % lie below"}
-    suggested = _round(p90) if norms.largest > 3 * median else _round_up(norms.largest)
+    named = {_round_up(median): "half lie below", _round_up(p90): "90 % lie below", _round_up(p99): "99 % lie below"}
+    suggested = _round_up(p90 if norms.largest > 3 * median else norms.largest)
     named.setdefault(suggested, "largest")
     if max_grad_norm is not None:
         named[max_grad_norm] = "in use"
@@ -141,8 +141,8 @@ def advise(norms: NormDistribution, max_grad_norm: float | None) -> ClipAdvice:
         if value > 0
     )
     sentences = [
-        f"Gradient norms of {norms.updates} updates: half lie below {_text(median)}, 90 % below {_text(p90)}, 99 % below "
-        f"{_text(p99)}, the largest was {_text(norms.largest)}.",
+        f"Gradient norms of {norms.updates} updates: half lie below {_text(median)}, 90 % below {_text(p90)}, "
+        f"99 % below {_text(p99)}, the largest was {_text(norms.largest)}.",
         _of_present(norms, max_grad_norm, median),
         _of_suggestion(norms, suggested, median),
         _of_drift(norms, median),
@@ -190,15 +190,10 @@ def _of_drift(norms: NormDistribution, median: float) -> str:
     return f"Norms are {course}: the last {len(norms.recent)} have the median {_text(recent)}, so look again later."
 
 
-def _round(value: float) -> float:
-    """Return a value with two digits, as one would write it in a recipe."""
-    return float(f"{value:.2g}")
-
-
 def _round_up(value: float) -> float:
-    """Return the next value with two digits that is no smaller."""
-    rounded = _round(value)
-    return rounded if rounded >= value else _round(value * 1.05)
+    """Return the next value with two digits that is no smaller, as one would write it in a recipe."""
+    rounded = float(f"{value:.2g}")
+    return rounded if rounded >= value else float(f"{value * 1.05:.2g}")
 
 
 def _text(value: float) -> str:

@@ -4,8 +4,8 @@ Points. Each kept point covers a stretch of updates: one at first, and twice as 
 neighbours are merged. Merging takes the largest of the maxima, means of means, and sums of counts, so a spike and every
 non-finite update survive it; only where exactly in its stretch it happened is lost.
 
-Rows. Norms by layer or parameter at an interval, thinned the same way: two neighbours become one row of the larger norms, in
-which a NaN stays NaN. The interval doubles with it.
+Rows. Norms by layer or parameter at an interval, thinned the same way: two neighbours become one row of the larger
+norms, in which a NaN stays NaN. The interval doubles with it.
 
 Values of non-finite updates do not enter maxima and means of a stretch that has finite ones; they are counted.
 

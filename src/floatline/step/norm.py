@@ -127,7 +127,7 @@ def _norms(group: Alike) -> torch.Tensor:
 
 
 def wide_dtype(parts: list[torch.Tensor]) -> torch.dtype:
-    """Return the format that norms of these are taken in: fp32, but of fp64 gradients fp64, which torch does not narrow."""
+    """Return the format that norms of these are taken in: fp32; of fp64 gradients fp64, as torch narrows none."""
     return torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
 
 
