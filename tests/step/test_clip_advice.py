@@ -53,7 +53,7 @@ def test_without_outliers_nothing_need_be_cut() -> None:
 
 def test_a_value_that_clips_most_updates_is_called_a_learning_rate() -> None:
     text = advise(of(log_normal(500)), 0.1).text
-    assert "max_grad_norm=0.1 clips 100% of them" in text and "the learning rate" in text
+    assert "max_grad_norm=0.1 clips 100 % of them" in text and "the learning rate" in text
 
 
 def test_a_value_that_clips_nothing() -> None:

@@ -17,7 +17,7 @@ from floatline.report.gradients import Gradients, load_gradients
 from floatline.report.heat_map import RED, choose, span
 from floatline.report.html import write_whole
 from floatline.report.need import need
-from floatline.report.svg import GOOD, SERIES, STYLE, series_style
+from floatline.report.svg import BAD, GOOD, SERIES, STYLE, series_style
 from floatline.report.units import count_text, number_text, times
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ def _gaps(values: list[float]) -> list[float]:
 def _finish(axes: Axes, gradients: Gradients, title: str, values: list[float]) -> None:
     """Scale, mark what was not finite, name the curves."""
     scale_log(axes, values, [float(point.step) for point in gradients.points])
-    crosses(axes, [float(point.step) for point in gradients.points if point.bad_updates])
+    bad = [float(point.step) for point in gradients.points if point.bad_updates]
+    crosses(axes, bad)
+    if bad:
+        axes.plot([], [], "x", color=BAD, markersize=5, label="not finite")
     axes.set_title(title, loc="left")
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "borderpad": 0.2}
     axes.legend(frameon=False, fontsize=7.5, handlelength=1.6, columnspacing=1.2, **place)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from floatline.errors import RunDirectoryError
+from floatline.report.gradients import Gradients, run_gradients
 from floatline.report.records import Eval, Fault, Sample, Step, as_mapping, as_number
 
 
@@ -29,6 +30,7 @@ class RunData:
         evals: Evaluations in order.
         faults: Updates that the guard refused.
         samples: Answers of the last evaluation.
+        gradients: What the gradient monitor recorded, None where the run kept no gradients.json.
         recipe: The resolved recipe, empty when missing.
         recipe_text: The same as it stands in the file.
         info: run.json as it stands, empty when missing.
@@ -40,6 +42,7 @@ class RunData:
     evals: tuple[Eval, ...] = ()
     faults: tuple[Fault, ...] = ()
     samples: tuple[Sample, ...] = ()
+    gradients: Gradients | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     info: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,7 @@ def load_run(path: str | Path) -> RunData:
         recipe, recipe_text = _recipe(path / "recipe.yaml", notes)
         info = _info(path / "run.json", notes)
         samples = tuple(Sample.read(line) for line in _lines(path / "samples.jsonl", notes))
+        gradients = run_gradients(path, notes)
     except OSError as error:
         raise RunDirectoryError(
             f"cannot read {error.filename}: {error.strerror}", hint="check the permissions of the run directory"
@@ -80,6 +84,7 @@ def load_run(path: str | Path) -> RunData:
         evals=tuple(metrics.evals),
         faults=tuple(metrics.faults),
         samples=samples,
+        gradients=gradients,
         recipe=recipe,
         recipe_text=recipe_text,
         info=info,

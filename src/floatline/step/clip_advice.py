@@ -49,7 +49,7 @@ class ClipAdvice:
     text: str
 
     def __str__(self) -> str:
-        rows = [f"  {row.value:<10g} clips {row.share:6.1%}   {row.what}" for row in self.candidates]
+        rows = [f"  {row.value:<10g} clips {_percent(row.share):>7}   {row.what}" for row in self.candidates]
         return "\n".join([self.text, *rows])
 
 
@@ -159,12 +159,12 @@ def _of_present(norms: NormDistribution, value: float | None, median: float) -> 
     share = norms.share_above(value)
     if share > 0.5:
         return (
-            f"max_grad_norm={value:g} clips {share:.0%} of them: most updates have the same length, which makes it a "
+            f"max_grad_norm={value:g} clips {_percent(share)} of them: most updates have the same length, which makes it a "
             "setting of the learning rate more than a guard against outliers."
         )
     if share == 0:
         return f"max_grad_norm={value:g} has clipped none of them."
-    return f"max_grad_norm={value:g} clips {share:.1%} of them."
+    return f"max_grad_norm={value:g} clips {_percent(share)} of them."
 
 
 def _of_suggestion(norms: NormDistribution, value: float, median: float) -> str:
@@ -194,6 +194,10 @@ def _round_up(value: float) -> float:
     """Return the next value with two digits that is no smaller, as one would write it in a recipe."""
     rounded = float(f"{value:.2g}")
     return rounded if rounded >= value else float(f"{value * 1.05:.2g}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _text(value: float) -> str:
