@@ -14,6 +14,9 @@ from floatline.report.gradient_png import plot_gradients
 from .gradient_records import bad_point, point, record
 
 
+pytestmark = pytest.mark.filterwarnings("error:constrained_layout")
+
+
 def colours_of(path: Path) -> set[tuple[int, ...]]:
     with Image.open(path) as image:
         assert image.format == "PNG"

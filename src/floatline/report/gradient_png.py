@@ -106,7 +106,8 @@ def _finish(axes: Axes, gradients: Gradients, title: str, values: list[float]) -
 
 
 def _bad(axes: Axes, gradients: Gradients) -> None:
-    axes.set_title(f"NaN and Inf: {times(gradients.bad_updates, 'update')}", loc="left")
+    title = f"NaN and Inf: {times(gradients.bad_updates, 'update')}" if gradients.bad_updates else "NaN and Inf"
+    axes.set_title(title, loc="left")
     if gradients.bad_updates:
         paint_bad(axes, gradients)
         return
@@ -129,7 +130,7 @@ def _heat(axes: Axes, gradients: Gradients) -> None:
     values = [[max(value, low) if 0 <= value < float("inf") else float("nan") for value in row] for row in table]
     wide = gradients.steps[-1] - gradients.steps[0] or 1
     step = wide / max(len(gradients.steps) - 1, 1)
-    extent = (gradients.steps[0] - step / 2, gradients.steps[-1] + step / 2, len(shown) - 0.5, -0.5)
+    extent = (gradients.steps[0], gradients.steps[-1] + step, len(shown) - 0.5, -0.5)
     settings: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
     image = axes.imshow(values, norm=colours.LogNorm(low, high), cmap=palette, **settings)
     clear = (0.0, 0.0, 0.0, 0.0)
