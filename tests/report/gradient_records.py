@@ -13,7 +13,7 @@ def point(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def bad_point(step: int) -> dict[str, Any]:
-    nan = {key: math.nan for key in ("norm", "top_norm", "largest", "mean")}
+    nan = dict.fromkeys(("norm", "top_norm", "largest", "mean"), math.nan)
     return point(step, looked=0, bad_updates=1, bad_parameters=2, bad_elements=96, **nan)
 
 

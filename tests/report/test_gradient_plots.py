@@ -106,5 +106,7 @@ def test_ten_times_the_clip_value_is_drawn_where_norms_come_near() -> None:
 
 
 def test_points_of_many_updates_are_named_stretches() -> None:
-    plots = gradient_plots(Gradients.read(record(points={"kept": [point(step, updates=8) for step in range(1, 80, 8)]})))
+    plots = gradient_plots(
+        Gradients.read(record(points={"kept": [point(step, updates=8) for step in range(1, 80, 8)]}))
+    )
     assert {"mean of each stretch", "largest of each stretch"} <= {key.label for plot in plots for key in plot.keys}

@@ -13,7 +13,6 @@ from floatline.report.gradient_png import plot_gradients
 
 from .gradient_records import bad_point, point, record
 
-
 pytestmark = pytest.mark.filterwarnings("error:constrained_layout")
 
 

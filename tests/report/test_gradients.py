@@ -28,8 +28,10 @@ def test_it_reads_what_the_monitor_writes(tmp_path: Path) -> None:
     gradients = load_gradients(monitor.save(tmp_path))
     assert gradients == load_gradients(tmp_path)
     assert (gradients.updates, gradients.bad_updates, gradients.max_grad_norm) == (30, 1, 2.0)
-    assert [point.norm for point in gradients.points[:7]] == [point.norm for point in monitor.points.kept[:7]]
-    assert [point.largest for point in gradients.points[:7]] == [point.largest for point in monitor.points.kept[:7]]
+    assert [point.norm for point in gradients.points[:7]] == [point.norm for point in monitor.history.points.kept[:7]]
+    assert [point.largest for point in gradients.points[:7]] == [
+        point.largest for point in monitor.history.points.kept[:7]
+    ]
     assert gradients.points[7].bad_elements == 1
     assert gradients.names == ("0", "1") and gradients.steps == (1, 6, 11, 16, 21, 26)
     assert gradients.rows[1][1] == math.inf
@@ -53,7 +55,7 @@ def test_what_does_not_fit_is_left_out(strange: dict) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match="cannot read .*gradients.json") as caught:
+    with pytest.raises(RunDirectoryError, match=r"cannot read .*gradients\.json") as caught:
         load_gradients(tmp_path)
     assert "GradientMonitor.save()" in caught.value.hint
     (tmp_path / "gradients.json").write_text('{"half')

@@ -106,7 +106,7 @@ def test_no_gradient_at_all(model: Layers) -> None:
     assert not report and not report.finite and len(report.missing) == 11
     assert str(report) == "update 1: no parameter has a gradient"
     assert "after backward()" in report.hint
-    assert monitor.points.kept == []
+    assert monitor.history.points.kept == []
     with pytest.raises(NonFiniteError, match="no parameter has a gradient"):
         report.raise_if_bad()
 
@@ -148,7 +148,7 @@ def test_ten_times_the_clip_norm_is_reported_and_warned_of_once(model: Layers) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert monitor.check().large
-    assert monitor.large_updates == 2
+    assert monitor.history.large_updates == 2
 
 
 def test_the_line_is_at_ten() -> None:
@@ -171,7 +171,7 @@ def test_scaled_gradients_are_recorded_unscaled(model: Layers, how: str) -> None
     assert report.norm == pytest.approx(plain.norm, rel=1e-6)
     assert report.largest == pytest.approx(plain.largest, rel=1e-6)
     assert report.mean == pytest.approx(plain.mean, rel=1e-6)
-    assert monitor.rows.table()[0][0] == pytest.approx(float(before["embed.weight"].norm()) / 1024, rel=1e-6)
+    assert monitor.history.rows.table()[0][0] == pytest.approx(float(before["embed.weight"].norm()) / 1024, rel=1e-6)
     assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model).items())
     model.head.bias.grad.fill_(math.inf)
     assert "routine now and then" in monitor.check(scale=scaler).hint
@@ -215,7 +215,7 @@ def test_norms_that_clipping_has_are_taken_as_they_are(model: Layers) -> None:
     own, fed = fl.GradientMonitor(model), fl.GradientMonitor(model)
     norms = norms_of(model.named_parameters())
     assert fed.check(norms) == own.check()
-    assert fed.rows.table() == own.rows.table()
+    assert fed.history.rows.table() == own.history.rows.table()
 
 
 def test_norms_of_masters_under_the_names_of_the_weights(model: Layers) -> None:
@@ -233,13 +233,13 @@ def test_rows_by_layer_in_the_models_order(model: Layers) -> None:
     monitor = fl.GradientMonitor(model)
     backward(model)
     monitor.check()
-    assert monitor.rows.names == ["embed", "blocks.0", "blocks.1", "head"]
+    assert monitor.history.rows.names == ["embed", "blocks.0", "blocks.1", "head"]
     parts = gradients(model)
     expected = [
         math.sqrt(sum(float(g.square().sum()) for name, g in parts.items() if name.startswith(row)))
-        for row in monitor.rows.names
+        for row in monitor.history.rows.names
     ]
-    assert monitor.rows.table()[0] == pytest.approx(expected, rel=1e-6)
+    assert monitor.history.rows.table()[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_rows_by_parameter(model: Layers) -> None:
@@ -247,8 +247,8 @@ def test_rows_by_parameter(model: Layers) -> None:
     for seed in range(4):
         backward(model, seed=seed)
         monitor.check()
-    assert monitor.rows.names == [name for name, _ in model.named_parameters()]
-    assert monitor.rows.steps == [1, 3]
+    assert monitor.history.rows.names == [name for name, _ in model.named_parameters()]
+    assert monitor.history.rows.steps == [1, 3]
 
 
 def test_a_model_without_layers_goes_by_module() -> None:
@@ -256,7 +256,7 @@ def test_a_model_without_layers_goes_by_module() -> None:
     model(torch.ones(1, 2)).sum().backward()
     monitor = fl.GradientMonitor(model)
     monitor.check()
-    assert monitor.rows.names == ["0", "1"]
+    assert monitor.history.rows.names == ["0", "1"]
 
 
 def test_a_bad_update_is_in_the_rows_between_two_that_are_due(model: Layers) -> None:
@@ -266,10 +266,10 @@ def test_a_bad_update_is_in_the_rows_between_two_that_are_due(model: Layers) -> 
         if update == 3:
             model.blocks[0][2].bias.grad[0] = math.nan
         monitor.check()
-    row = dict(zip(monitor.rows.names, monitor.rows.table()[0], strict=True))
+    row = dict(zip(monitor.history.rows.names, monitor.history.rows.table()[0], strict=True))
     assert [name for name, norm in row.items() if math.isnan(norm)] == ["blocks.0"]
-    assert (monitor.points.kept[3].bad_updates, monitor.points.kept[3].bad_elements) == (1, 1)
-    assert monitor.distribution.updates == 4
+    assert (monitor.history.points.kept[3].bad_updates, monitor.history.points.kept[3].bad_elements) == (1, 1)
+    assert monitor.history.distribution.updates == 4
 
 
 def test_elements_are_looked_at_as_often_as_told(model: Layers) -> None:
@@ -279,7 +279,7 @@ def test_elements_are_looked_at_as_often_as_told(model: Layers) -> None:
         backward(model)
         seen.append(monitor.check().largest is not None)
     assert seen == [True, False, False, True, False, False, True]
-    assert [point.looked for point in monitor.points.kept] == [1, 0, 0, 1, 0, 0, 1]
+    assert [point.looked for point in monitor.history.points.kept] == [1, 0, 0, 1, 0, 0, 1]
     model.head.bias.grad[0] = math.nan
     assert not monitor.check().finite
 
@@ -299,7 +299,7 @@ def test_lag_returns_the_report_of_the_update_before(model: Layers) -> None:
     assert reports[2].bad == (BadGradient("head.bias", None, None, 1, reports[2].bad[0].norm),)
     assert "head.bias: NaN" in str(reports[2])
     assert late.flush() == expected[2] == late.flush()
-    assert late.points.kept[1].bad_elements == own.points.kept[1].bad_elements == 1
+    assert late.history.points.kept[1].bad_elements == own.history.points.kept[1].bad_elements == 1
 
 
 def test_lag_reads_what_waits_before_it_is_saved(model: Layers) -> None:
@@ -390,3 +390,17 @@ def test_settings_are_checked(model: Layers, settings: dict, said: str, hint: st
 def test_a_module_without_parameters() -> None:
     with pytest.raises(ConfigError, match="Tanh has no parameters"):
         fl.GradientMonitor(nn.Tanh())
+
+
+def test_the_guides_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "gradient-monitor.md"
+    code = guide.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FloatlineWarning)
+        exec(compile(code, str(guide), "exec"), {})
+    printed = capsys.readouterr().out
+    assert "update 61: 4 of 4 gradients are not finite: 0.weight: 256 NaN of 256 elements; 0.bias" in printed
+    assert "99 updates: half lie below" in printed and (tmp_path / "gradients.json").is_file()

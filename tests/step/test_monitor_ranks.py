@@ -1,4 +1,4 @@
-"""The monitor on gradients in shards over two gloo processes; what a rank does is in two_ranks.py."""
+"""The monitor on gradients in shards over two gloo processes; what a rank does is in monitor_ranks.py."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import floatline
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
@@ -18,8 +20,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RESULT": str(result)}
-    common |= {"OMP_NUM_THREADS": "1"}
-    script = str(Path(__file__).with_name("two_ranks.py"))
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(floatline.__file__).parents[1])}
+    script = str(Path(__file__).with_name("monitor_ranks.py"))
     processes = [
         subprocess.Popen(
             [sys.executable, script], env=os.environ | common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True

@@ -37,7 +37,7 @@ class GradientPoint:
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> GradientPoint:
         counts = {name: as_count(line.get(name)) for name in ("step", "bad_updates", "bad_parameters", "bad_elements")}
-        numbers = {name: as_number(line.get(name)) for name in ("norm", "top_norm", "largest", "mean")}
+        numbers: dict[str, Any] = {name: as_number(line.get(name)) for name in ("norm", "top_norm", "largest", "mean")}
         return cls(updates=max(1, as_count(line.get("updates"))), **counts, **numbers)
 
 

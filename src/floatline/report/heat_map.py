@@ -1,8 +1,8 @@
 """Norms by layer over a run as a heat map: one strip of pixels a layer, beside its name.
 
 A strip is a picture one pixel high that the page stretches, so names stand in the page's own text, escaped and
-searchable, however many layers there are. Colours are matplotlib's viridis over the logarithm of the norm; red is NaN or
-Inf, and no colour is no gradient.
+searchable, however many layers there are. Colours are matplotlib's viridis over the logarithm of the norm; red is NaN
+or Inf, and no colour is no gradient.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import io
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from floatline.report.curves import quantile
 from floatline.report.gradients import Gradients
@@ -137,7 +138,7 @@ def _fit(column: tuple[float, ...]) -> list[float]:
     if len(column) <= COLUMNS:
         return list(column)
     ends = [index * len(column) // COLUMNS for index in range(COLUMNS + 1)]
-    buckets = [column[start:end] for start, end in zip(ends, ends[1:])]
+    buckets = [column[start:end] for start, end in pairwise(ends)]
     return [next(filter(is_bad, bucket), max(bucket)) for bucket in buckets]
 
 

@@ -159,8 +159,8 @@ def _of_present(norms: NormDistribution, value: float | None, median: float) -> 
     share = norms.share_above(value)
     if share > 0.5:
         return (
-            f"max_grad_norm={value:g} clips {_percent(share)} of them: most updates have the same length, which makes it a "
-            "setting of the learning rate more than a guard against outliers."
+            f"max_grad_norm={value:g} clips {_percent(share)} of them: most updates have the same length, which makes "
+            "it a setting of the learning rate more than a guard against outliers."
         )
     if share == 0:
         return f"max_grad_norm={value:g} has clipped none of them."

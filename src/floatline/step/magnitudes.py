@@ -38,12 +38,12 @@ def magnitudes_of(norms: GradientNorms) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _of(group: Alike) -> tuple[torch.Tensor, torch.Tensor]:
-    if group.parts[0].device.type == "cpu":
-        largest, sums = _largest_on_cpu(group.parts), _sums_on_cpu(group.parts)
+    parts = [part if part.numel() else part.new_zeros(1) for part in group.parts]  # nothing has no largest
+    if parts[0].device.type == "cpu":
+        largest, sums = _largest_on_cpu(parts), _sums_on_cpu(parts)
     else:
         largest, sums = (
-            torch.stack(torch._foreach_norm(group.parts, order, dtype=wide_dtype(group.parts))).float()
-            for order in (math.inf, 1)
+            torch.stack(torch._foreach_norm(parts, order, dtype=wide_dtype(parts))).float() for order in (math.inf, 1)
         )
     return group.over_ranks(largest, "max"), group.over_ranks(sums)
 

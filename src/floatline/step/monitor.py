@@ -34,12 +34,9 @@ Not covered: gradients that no parameter holds after backward (an optimizer that
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,16 +44,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from floatline.errors import ConfigError, FloatlineWarning, RunDirectoryError, did_you_mean
-from floatline.step.clip_advice import ClipAdvice, NormDistribution, advise
-from floatline.step.gradient_history import Point, Points, Rows
+from floatline.errors import ConfigError, FloatlineWarning, did_you_mean
+from floatline.step.clip_advice import ClipAdvice
+from floatline.step.gradient_log import GradientLog, write_gradients
 from floatline.step.gradient_report import BadGradient, GradientReport
 from floatline.step.magnitudes import magnitudes_of, nonfinite_counts
 from floatline.step.norm import GradientNorms, norms_of
 from floatline.step.readback import Readback
 from floatline.techniques.layers import repeated_layers
 
-_VERSION = 1
 _PER = ("layer", "parameter")
 
 
@@ -126,10 +122,7 @@ class GradientMonitor:
         self.lag = lag
         self.elements_every = elements_every
         self.step = 0
-        self.large_updates = 0
-        self.distribution = NormDistribution()
-        self.points = Points(history // 2 * 2)
-        self.rows = Rows(max(2, history // 8 * 2), every)
+        self.history = GradientLog(per=per, every=every, history=history, max_grad_norm=max_grad_norm)
         self._waiting: _Look | None = None
         self._last = GradientReport(0, math.nan)
         self.refresh()
@@ -183,14 +176,12 @@ class GradientMonitor:
     def advice(self) -> ClipAdvice:
         """Say what the run's own norms tell of clip values."""
         self.flush()
-        return advise(self.distribution, self.max_grad_norm)
+        return self.history.advice()
 
     def record(self) -> dict[str, Any]:
         """Return all that is known of the run's gradients, as JSON can hold it: the content of `gradients.json`."""
-        advice = self.advice()
-        candidates = [vars(candidate) for candidate in advice.candidates]
-        said = {"text": advice.text, "suggested": advice.suggested, "candidates": candidates}
-        return {**self.state_dict(), "advice": said}
+        self.flush()
+        return self.history.record(self.step)
 
     def save(self, path: str | Path) -> Path:
         """Write `record()` as JSON; the file appears complete or not at all.
@@ -204,34 +195,12 @@ class GradientMonitor:
         Raises:
             RunDirectoryError: It cannot be written.
         """
-        path = Path(path)
-        path = path / "gradients.json" if path.is_dir() else path
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink()
-            raise RunDirectoryError(
-                f"cannot write {path}: {error.strerror}", hint="give a path you may write to, on a disk with room"
-            ) from error
-        return path
+        return write_gradients(self.record(), path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole history, for a checkpoint: plain numbers, lists and texts, bounded in size."""
         self.flush()
-        return {
-            "version": _VERSION,
-            "per": self.per,
-            "max_grad_norm": self.max_grad_norm,
-            "step": self.step,
-            "large_updates": self.large_updates,
-            "points": self.points.state_dict(),
-            "rows": self.rows.state_dict(),
-            "distribution": self.distribution.state_dict(),
-        }
+        return self.history.state_dict(self.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -239,21 +208,9 @@ class GradientMonitor:
         Raises:
             ConfigError: It is of another version, or has norms per parameter where this monitor has them per layer.
         """
-        if state.get("version") != _VERSION:
-            raise ConfigError(
-                f"the monitor's state is of version {state.get('version')}, this one reads {_VERSION}",
-                hint="leave it out: the history starts anew",
-            )
-        if state["per"] != self.per:
-            raise ConfigError(
-                f"the monitor's state has norms per {state['per']}, this monitor per {self.per}",
-                hint=f"make it with per={state['per']!r}",
-            )
+        self.history.load_state_dict(state)
+        self.step = state["step"]
         self._waiting = None
-        self.step, self.large_updates = state["step"], state["large_updates"]
-        self.points.load_state_dict(state["points"])
-        self.rows.load_state_dict(state["rows"])
-        self.distribution.load_state_dict(state["distribution"])
 
     @torch.no_grad()
     def _start(self, norms: GradientNorms, scale: Any) -> _Look:
@@ -311,21 +268,9 @@ class GradientMonitor:
 
     def _record(self, report: GradientReport, each: dict[str, float]) -> None:
         self._last = report
-        bad = len(report.bad)
-        if not bad:
-            self.distribution.add(report.norm)
-        elements = sum(max(1, (one.nan or 0) + (one.inf or 0)) for one in report.bad)
-        point = Point(report.step, 1, report.norm, report.norm)
-        point.bad_updates, point.bad_parameters, point.bad_elements = int(bad > 0), bad, elements
-        if report.largest is not None and report.mean is not None:
-            point.looked, point.largest, point.mean = int(not bad), report.largest, report.mean
-        self.points.add(point)
-        if bad or self.rows.due(report.step):
-            self.rows.add(report.step, self._by_row(each))
-        if report.large:
-            self.large_updates += 1
-            if self.large_updates == 1:
-                warnings.warn(f"{report}; {report.hint}", FloatlineWarning, stacklevel=4)
+        self.history.add(report, lambda: self._by_row(each))
+        if report.large and self.history.large_updates == 1:
+            warnings.warn(f"{report}; {report.hint}", FloatlineWarning, stacklevel=4)
 
     def _by_row(self, each: dict[str, float]) -> dict[str, float]:
         """Return norms by layer, or by parameter, in the model's order."""

@@ -34,17 +34,22 @@ class Alike:
 
     Args:
         names: Of the parameters.
-        parts: What of each gradient lies here, dense; never empty, where nothing lies here it is one zero.
-        sizes: Elements of the whole gradients.
+        gradients: As the parameters hold them.
+        parts: What of each gradient lies here, dense; of a shard that may be nothing.
         mesh: torch's DeviceMesh that the shards lie on, None for whole gradients.
         summed: Along which dimensions of the mesh different parts lie.
     """
 
     names: tuple[str, ...]
+    gradients: list[torch.Tensor]
     parts: list[torch.Tensor]
-    sizes: list[int]
     mesh: Any = None
     summed: tuple[bool, ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of the whole gradients."""
+        return [gradient.numel() for gradient in self.gradients]
 
     def over_ranks(self, values: torch.Tensor, how: str = "sum") -> torch.Tensor:
         """Reduce one value a gradient over the ranks that hold its parts; `how` is torch's "sum" or "max"."""
@@ -133,19 +138,27 @@ def wide_dtype(parts: list[torch.Tensor]) -> torch.dtype:
 
 def _alike(pairs: list[tuple[str, torch.Tensor]]) -> tuple[Alike, ...]:
     """Sort gradients into groups that can be stacked."""
-    sorted_: dict[tuple[Any, ...], list[tuple[str, torch.Tensor, int]]] = {}
+    gradients = [gradient for _, gradient in pairs]
+    if _plain(gradients):
+        return (Alike(tuple(name for name, _ in pairs), gradients, gradients),)
+    groups: dict[tuple[Any, ...], list[tuple[str, torch.Tensor, torch.Tensor]]] = {}
     for name, gradient in pairs:
-        if is_sharded(gradient):
-            key, part = _shard(gradient)
-        else:
-            key, part = (gradient.device, None, ()), gradient
+        key, part = _shard(gradient) if is_sharded(gradient) else ((gradient.device, None, ()), gradient)
         if part.layout is not torch.strided:
             part = part.coalesce().values() if part.layout is torch.sparse_coo else part.values()
-        size = gradient.numel()
-        sorted_.setdefault(key, []).append((name, part if part.numel() else part.new_zeros(1), size))
+        groups.setdefault(key, []).append((name, gradient, part))
     return tuple(
-        Alike(tuple(n for n, _, _ in rows), [p for _, p, _ in rows], [size for _, _, size in rows], mesh, summed)
-        for (_, mesh, summed), rows in sorted_.items()
+        Alike(tuple(name for name, _, _ in rows), [g for _, g, _ in rows], [part for _, _, part in rows], mesh, summed)
+        for (_, mesh, summed), rows in groups.items()
+    )
+
+
+def _plain(gradients: list[torch.Tensor]) -> bool:
+    """Say whether all are ordinary tensors on one device, as they mostly are; quicker than sorting them."""
+    return (
+        len({gradient.device for gradient in gradients}) == 1
+        and {type(gradient) for gradient in gradients} == {torch.Tensor}
+        and {gradient.layout for gradient in gradients} == {torch.strided}
     )
 
 

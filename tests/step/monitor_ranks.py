@@ -1,6 +1,6 @@
 """What two gloo processes do for test_monitor_ranks: monitor sharded gradients. Rank 0 prints what it saw as JSON.
 
-python two_ranks.py    under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+python monitor_ranks.py    under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 """
 
 import json
@@ -38,7 +38,7 @@ def look(model: nn.Module) -> dict:
         "numbers": [healthy.norm, healthy.largest, healthy.mean],
         "bad": [[one.name, one.nan, one.inf, one.elements] for one in bad.bad],
         "missing": bad.missing,
-        "rows": monitor.rows.table()[0],
+        "rows": monitor.history.rows.table()[0],
         "exchanges": exchanges.get_total_counts(),
     }
 
@@ -58,7 +58,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         with open(os.environ["RESULT"], "w") as file:
             json.dump(both, file)
-    dist.destroy_process_group()
+    dist.barrier()  # the group is not destroyed: gloo's threads may abort the process where one is still at work
 
 
 if __name__ == "__main__":
