@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from floatline.plan.estimate import Estimate, estimate
     from floatline.plan.plan import Plan, plan
     from floatline.precision import Policy
-    from floatline.step import Guard, StepOutput, TrainStep, Workload
+    from floatline.step import GradientMonitor, Guard, StepOutput, TrainStep, Workload
 
 _HOMES = {
     "Estimate": "plan.estimate",
     "FORMATS": "formats",
     "FloatlineError": "errors",
+    "GradientMonitor": "step",
     "Guard": "step",
     "NumberFormat": "formats",
     "Plan": "plan.plan",
@@ -35,6 +36,7 @@ __all__ = [
     "FORMATS",
     "Estimate",
     "FloatlineError",
+    "GradientMonitor",
     "Guard",
     "NumberFormat",
     "Plan",

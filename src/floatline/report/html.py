@@ -10,6 +10,7 @@ from typing import Any
 
 from floatline.errors import RunDirectoryError
 from floatline.report.need import need
+from floatline.report.units import number_text, percent_text
 
 
 def render_template(name: str, **values: Any) -> str:
@@ -26,6 +27,7 @@ def render_template(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"number": number_text, "percent": percent_text}
     template = environment.from_string(resource("figures.html") + resource(name))
     return str(template.render(style=resource("page.css"), **values))
 

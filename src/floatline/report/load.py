@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from floatline.errors import RunDirectoryError
+from floatline.report.gradients import Gradients, run_gradients
 from floatline.report.records import Alarm, Cure, Eval, Fault, Sample, Step, as_mapping, as_number
 
 
@@ -31,6 +32,7 @@ class RunData:
         cures: What the run changed so that they do not come again.
         alarms: Trouble that no NaN showed.
         samples: Answers of the last evaluation.
+        gradients: What the gradient monitor recorded, None where the run kept no gradients.json.
         recipe: The resolved recipe, empty when missing.
         recipe_text: The same as it stands in the file.
         info: run.json as it stands, empty when missing.
@@ -44,6 +46,7 @@ class RunData:
     cures: tuple[Cure, ...] = ()
     alarms: tuple[Alarm, ...] = ()
     samples: tuple[Sample, ...] = ()
+    gradients: Gradients | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     info: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +77,7 @@ def load_run(path: str | Path) -> RunData:
         recipe, recipe_text = _recipe(path / "recipe.yaml", notes)
         info = _info(path / "run.json", notes)
         samples = tuple(Sample.read(line) for line in _lines(path / "samples.jsonl", notes))
+        gradients = run_gradients(path, notes)
     except OSError as error:
         raise RunDirectoryError(
             f"cannot read {error.filename}: {error.strerror}", hint="check the permissions of the run directory"
@@ -86,6 +90,7 @@ def load_run(path: str | Path) -> RunData:
         cures=tuple(metrics.cures),
         alarms=tuple(metrics.alarms),
         samples=samples,
+        gradients=gradients,
         recipe=recipe,
         recipe_text=recipe_text,
         info=info,

@@ -16,6 +16,9 @@ from floatline.errors import ConfigError
 from floatline.report.compare import Table, differences, labels, side_by_side
 from floatline.report.drawing import POINTS, Plot
 from floatline.report.gallery import CARDS, IMAGE_BUDGET, Card, gallery
+from floatline.report.gradient_plots import gradient_plots
+from floatline.report.heat_map import ROWS as ROWS_OF_LAYERS
+from floatline.report.heat_map import HeatMap, heat_map
 from floatline.report.html import render_template, write_whole
 from floatline.report.load import RunData
 from floatline.report.need import need
@@ -39,6 +42,8 @@ class RunPart:
     status: tuple[str, str, str]
     tiles: list[Any]
     plots: list[Plot]
+    gradient_plots: list[Plot]
+    heat: HeatMap | None
     cards: list[Card]
     splits: list[Split]
     facts: list[tuple[str, str]]
@@ -97,6 +102,8 @@ def render_html(runs: Sequence[RunData]) -> str:
 
 def _part(index: int, label: str, run: RunData, runs: int) -> RunPart:
     summary = summarize(run)
+    points = max(POINTS // runs, 150)
+    gradients = run.gradients
     return RunPart(
         number=index,
         label=label,
@@ -105,7 +112,9 @@ def _part(index: int, label: str, run: RunData, runs: int) -> RunPart:
         verdict=verdict(summary),
         status=status_words(summary.status),
         tiles=tiles(run, summary),
-        plots=run_plots(run, name=f"r{index}", points=max(POINTS // runs, 150)),
+        plots=run_plots(run, name=f"r{index}", points=points),
+        gradient_plots=gradient_plots(gradients, name=f"r{index}-g", points=points) if gradients else [],
+        heat=heat_map(gradients, most=max(ROWS_OF_LAYERS // runs, 16)) if gradients else None,
         cards=gallery(run, cards=max(CARDS // runs, 12), budget=IMAGE_BUDGET // runs) if run.samples else [],
         splits=splits(run),
         facts=facts(run),

@@ -1,7 +1,11 @@
-"""What to train (Workload) and the one visible loop body (TrainStep) with its guard."""
+"""What to train (Workload), the one visible loop body (TrainStep) with its guard, and the gradient monitor."""
 
 from floatline.step.batch import call_model, default_loss, move, target_count
+from floatline.step.clip_advice import ClipAdvice
+from floatline.step.gradient_report import BadGradient, GradientReport
 from floatline.step.guard import Guard
+from floatline.step.monitor import GradientMonitor
+from floatline.step.norm import GradientNorms, norms_of
 from floatline.step.sentinel import Sentinel
 from floatline.step.step import StepOutput, TrainStep
 from floatline.step.verdict import Alarm, Skip, What
@@ -9,6 +13,11 @@ from floatline.step.workload import Workload
 
 __all__ = [
     "Alarm",
+    "BadGradient",
+    "ClipAdvice",
+    "GradientMonitor",
+    "GradientNorms",
+    "GradientReport",
     "Guard",
     "Sentinel",
     "Skip",
@@ -19,5 +28,6 @@ __all__ = [
     "call_model",
     "default_loss",
     "move",
+    "norms_of",
     "target_count",
 ]

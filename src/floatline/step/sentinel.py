@@ -24,8 +24,8 @@ import torch
 
 from floatline.errors import NonFiniteError
 from floatline.step.guard import Guard
-from floatline.step.norm import not_finite
-from floatline.step.reading import Reading
+from floatline.step.norm import GradientNorms
+from floatline.step.readback import Readback
 from floatline.step.verdict import Alarm, Skip, What
 from floatline.techniques.optim_steps.select_step import can_select, step_by_select
 
@@ -50,7 +50,7 @@ class Judged:
     Attributes:
         step: Its index.
         reading: Loss, gradient norm, and the norm of live buffers where there are any.
-        norms: The parameters that had gradients and their norms, to say whose gradient was at fault.
+        norms: Of the single gradients, to say whose was at fault.
         left_out: Index and loss of the micro-batches that were left out.
         made: It was made all the same, from the others.
         scale: The loss scale that it ran under, where reading it costs nothing.
@@ -58,8 +58,8 @@ class Judged:
     """
 
     step: int
-    reading: Reading
-    norms: tuple[list[torch.Tensor], torch.Tensor] | None = None
+    reading: Readback
+    norms: GradientNorms | None = None
     left_out: tuple[tuple[int, float], ...] = ()
     made: bool = False
     scale: float | None = None
@@ -78,7 +78,6 @@ class Sentinel:
     Args:
         guard: The limits.
         loss_scaling: Whether gradients were scaled, so that overflow is routine.
-        names: Name of each parameter by its id.
 
     Attributes:
         skips: The last 1000 skipped updates.
@@ -91,7 +90,7 @@ class Sentinel:
             keeps the micro-batches and random states of an update until its verdict is read.
     """
 
-    def __init__(self, guard: Guard, *, loss_scaling: bool, names: Callable[[], dict[int, str]] = dict) -> None:
+    def __init__(self, guard: Guard, *, loss_scaling: bool) -> None:
         self.guard = guard
         self.loss_scaling = loss_scaling
         self.skips: deque[Skip] = deque(maxlen=1000)
@@ -102,7 +101,6 @@ class Sentinel:
         self.alarmed = 0
         self.on_fault: Callable[[Skip, Judged], None] | None = None
         self.on_number: Callable[[int, float, float], None] = lambda step, loss, grad_norm: None
-        self._names = names
         self._row: dict[bool, int] = {True: 0, False: 0}
         self._pending: Judged | None = None
 
@@ -144,7 +142,7 @@ class Sentinel:
         return self._count(judged) if judged is not None else None
 
     def _count(self, judged: Judged) -> Skip | None:
-        numbers = judged.reading.values()
+        numbers = judged.reading.tolist()
         total = sum(numbers)
         if judged.left_out:
             return self._note(self._left_out(judged, numbers), judged)
@@ -185,10 +183,7 @@ class Sentinel:
         return What.OVERFLOW if routine else What.GRADIENT
 
     def _blamed(self, judged: Judged) -> tuple[str, ...]:
-        if judged.norms is None:
-            return ()
-        names = self._names()
-        return tuple(names.get(id(parameter), "?") for parameter in not_finite(*judged.norms))
+        return tuple(judged.norms.culprits()) if judged.norms is not None else ()
 
     def _stop_if_too_many(self, skip: Skip) -> None:
         guard = self.guard

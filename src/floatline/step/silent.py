@@ -10,7 +10,7 @@
 
 The first two look at every update, at numbers that the host has read anyway. The others look every N updates, at a
 sample: up to 64 elements of each parameter, and the outputs of all leaf modules in one forward. On CUDA what they
-measure is read a step later (reading.py).
+measure is read a step later (readback.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from floatline.step.live_buffers import LiveBuffers
-from floatline.step.reading import Reading
+from floatline.step.readback import Readback
 from floatline.step.verdict import Alarm
 
 ZEROS_IN_A_ROW = 3
@@ -101,7 +101,7 @@ class SilentTrouble:
         self._quiet_until: dict[str, int] = {}
         self._before: list[torch.Tensor] | None = None
         self._last: torch.Tensor | None = None
-        self._waiting: list[tuple[int, Reading, Callable[[int, list[float]], None]]] = []
+        self._waiting: list[tuple[int, Readback, Callable[[int, list[float]], None]]] = []
 
     # Every update
 
@@ -151,9 +151,9 @@ class SilentTrouble:
             numbers = [kept.float(), before[1].sum().float(), *([same.float()] if same is not None else [])]
             self._last = now
             half = any(p.dtype in _HALVES for p in trained)
-            self._waiting.append((step, Reading(numbers), lambda s, values: self._moved(s, values, half)))
+            self._waiting.append((step, Readback.of(numbers), lambda s, values: self._moved(s, values, half)))
         if scale is not None:
-            self._waiting.append((step, Reading([scale]), self._scale))
+            self._waiting.append((step, Readback.of([scale]), self._scale))
         for name in self._buffers.bad() if self._is_on_cpu() else ():
             self._alarm(step, "buffer not finite", f"{name} holds NaN", "load it from a good checkpoint, or reset it")
 
@@ -218,7 +218,7 @@ class SilentTrouble:
                 hook.remove()
         if found:
             names, dtypes = list(found), [kind for kind, _ in found.values()]
-            reading = Reading([largest for _, largest in found.values()])
+            reading = Readback.of([largest for _, largest in found.values()])
             self._waiting.append((step, reading, lambda s, values: self._headroom(s, names, dtypes, values)))
 
     def _headroom(self, step: int, names: list[str], dtypes: list[torch.dtype], values: list[float]) -> None:
@@ -243,7 +243,7 @@ class SilentTrouble:
     def _read(self) -> None:
         waiting, self._waiting = self._waiting, []
         for step, reading, tell in waiting:
-            tell(step, reading.values())
+            tell(step, reading.tolist())
 
     def _alarm(self, step: int, name: str, text: str, remedy: str) -> None:
         """Raise an alarm, unless the same one was raised not long ago."""

@@ -34,10 +34,10 @@ from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
 from floatline.step.guard import Guard
 from floatline.step.live_buffers import LiveBuffers
-from floatline.step.norm import gradient_norms, total_of
+from floatline.step.norm import GradientNorms, norms_of
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.step.random_state import generators, set_generators
-from floatline.step.reading import Reading
+from floatline.step.readback import Readback
 from floatline.step.rollback import Rollback
 from floatline.step.sentinel import Judged, Rerun, Sentinel
 from floatline.step.shares import weighted
@@ -178,8 +178,9 @@ class TrainStep:
             ConfigError: `before-backward` where every forward needs its backward.
         """
         self.guard = guard
+        self._ordered: tuple[list[int], list[str]] = ([], [])
         self.buffers = LiveBuffers(self.model)
-        self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active, names=self._parameter_names)
+        self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers)
         self.sentinel.on_number = self.silent.number
         self.rollback = Rollback(guard, self.model, self)
@@ -192,11 +193,15 @@ class TrainStep:
         on_host = guard.check == "before-backward" or (guard.check == "auto" and self.device.type == "cpu")
         self._early = on_host and not together
 
-    def _parameter_names(self) -> dict[int, str]:
-        """Return the name of each parameter that the optimizer has, masters included, by its id."""
-        names = names_of(self.model)
-        pairs = getattr(self.masters, "pairs", ())
-        return names | {id(master): names[id(own)] for own, master in pairs if id(own) in names}
+    def _names_in_order(self, parameters: list[torch.Tensor]) -> list[str]:
+        """Return the names of the optimizer's parameters, masters under their weights' names; found once."""
+        now = list(map(id, parameters))
+        if now != self._ordered[0]:
+            names = names_of(self.model)
+            pairs = getattr(self.masters, "pairs", ())
+            names |= {id(master): names[id(own)] for own, master in pairs if id(own) in names}
+            self._ordered = now, [names.get(number, "?") for number in now]
+        return self._ordered[1]
 
     def _apply_precision(self) -> Callable[[], None]:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -263,8 +268,8 @@ class TrainStep:
             grad_norm = self._in_backward.gradient_norm()
         else:
             self._make_up_for(accumulated.lost, parameters)
-            norms = gradient_norms(parameters)
-            grad_norm = total_of(norms[1])
+            norms = norms_of(zip(self._names_in_order(parameters), parameters, strict=True))
+            grad_norm = norms.total
         grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
         buffers = self.buffers.norm()
         finite = self.sentinel.judge(loss, grad_norm, buffers)
@@ -290,12 +295,12 @@ class TrainStep:
         accumulated: _Accumulated,
         grad_norm: torch.Tensor,
         finite: torch.Tensor,
-        norms: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        norms: GradientNorms | None = None,
         buffers: torch.Tensor | None = None,
     ) -> StepOutput:
         """End the update: put back what must not stay, go on with scale and schedule, count, go back if need be."""
         loss = accumulated.loss
-        reading = Reading([loss, grad_norm, *([buffers] if buffers is not None else [])])
+        reading = Readback.of([loss, grad_norm, *([buffers] if buffers is not None else [])])
         self.buffers.settle(finite)
         scale = self.scaling.current() if not loss.is_cuda else None
         self.scaling.update(loss)
