@@ -82,6 +82,7 @@ class GradientMonitor:
             total norm and NaN and Inf are seen in every update.
         history: Points to keep over the whole run (a quarter as many rows by layer); older ones are merged.
         lag: Return the report of the update before, so that the host never waits for the device.
+        warn: Warn of the first large norm; False where the caller looks at the reports.
 
     Raises:
         ConfigError: A setting is out of range, or the model has no parameters.
@@ -106,6 +107,7 @@ class GradientMonitor:
         elements_every: int = 1,
         history: int = 1000,
         lag: bool = False,
+        warn: bool = True,
     ) -> None:
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}", hint="give a positive number, or None")
@@ -120,6 +122,7 @@ class GradientMonitor:
         self.max_grad_norm = max_grad_norm
         self.per = per
         self.lag = lag
+        self.warn = warn
         self.elements_every = elements_every
         self.step = 0
         self.history = GradientLog(per=per, every=every, history=history, max_grad_norm=max_grad_norm)
@@ -269,7 +272,7 @@ class GradientMonitor:
     def _record(self, report: GradientReport, each: dict[str, float]) -> None:
         self._last = report
         self.history.add(report, lambda: self._by_row(each))
-        if report.large and self.history.large_updates == 1:
+        if self.warn and report.large and self.history.large_updates == 1:
             warnings.warn(f"{report}; {report.hint}", FloatlineWarning, stacklevel=4)
 
     def _by_row(self, each: dict[str, float]) -> dict[str, float]:

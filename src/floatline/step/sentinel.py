@@ -144,9 +144,10 @@ class Sentinel:
     def _count(self, judged: Judged) -> Skip | None:
         numbers = judged.reading.tolist()
         total = sum(numbers)
-        if judged.left_out:
+        finite = total - total == 0.0  # by the same rule as `judge`, without a call
+        if judged.left_out and (finite or not judged.made):
             return self._note(self._left_out(judged, numbers), judged)
-        if total - total == 0.0:  # finite, by the same rule as `judge`, without a call
+        if finite:
             self._row[True] = self._row[False] = 0
             self.on_number(judged.step, numbers[0], numbers[1])
             return None
@@ -177,9 +178,9 @@ class Sentinel:
         loss, grad_norm = numbers[:2]
         if loss - loss != 0.0:
             return What.LOSS
-        if grad_norm - grad_norm == 0.0:
+        if len(numbers) > 2 and numbers[2] - numbers[2] != 0.0:  # before overflow, which it might be as well
             return What.BUFFER
-        routine = self.loss_scaling and (judged.scale is None or judged.scale > 1.0)
+        routine = self.loss_scaling and (judged.scale is None or 1.0 < judged.scale < float("inf"))
         return What.OVERFLOW if routine else What.GRADIENT
 
     def _blamed(self, judged: Judged) -> tuple[str, ...]:

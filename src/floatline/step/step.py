@@ -34,6 +34,7 @@ from floatline.precision import resolve as resolve_precision
 from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
 from floatline.step.guard import Guard
 from floatline.step.live_buffers import LiveBuffers
+from floatline.step.monitor import GradientMonitor
 from floatline.step.norm import GradientNorms, norms_of
 from floatline.step.optimizers import OptimizerFactory, load_optimizer, make_optimizer, names_of, rebind
 from floatline.step.random_state import generators, set_generators
@@ -43,7 +44,7 @@ from floatline.step.sentinel import Judged, Rerun, Sentinel
 from floatline.step.shares import weighted
 from floatline.step.silent import SilentTrouble
 from floatline.step.undisturbed import undisturbed
-from floatline.step.verdict import Skip
+from floatline.step.verdict import Alarm, Skip
 from floatline.techniques import Stack, Technique
 from floatline.techniques.base import hardware_of
 from floatline.techniques.distributed.shards import forget_iteration, laid_out_like
@@ -116,6 +117,11 @@ class TrainStep:
         hardware: Whose rules hold for precision and techniques: a GPU of the catalog ("t4") whose step a planner
             watches on (fake) CPU tensors; None is the device that the model is on.
 
+    Attributes:
+        monitor: A GradientMonitor that is fed with the norms of each update; None, the default, for none.
+        rollback: Snapshots; register in its `extras` what is to go back with the weights.
+        silent: What was last seen of silent trouble.
+
     Raises:
         PrecisionError: The policy is malformed, illegal on the hardware, or does not fit the model.
         ConfigError: `max_grad_norm` is not positive, the model has nothing to train, a technique cannot be applied, or
@@ -178,6 +184,7 @@ class TrainStep:
             ConfigError: `before-backward` where every forward needs its backward.
         """
         self.guard = guard
+        self.monitor: GradientMonitor | None = None
         self._ordered: tuple[list[int], list[str]] = ([], [])
         self.buffers = LiveBuffers(self.model)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
@@ -270,6 +277,8 @@ class TrainStep:
             self._make_up_for(accumulated.lost, parameters)
             norms = norms_of(zip(self._names_in_order(parameters), parameters, strict=True))
             grad_norm = norms.total
+            if self.monitor is not None:
+                self._monitored(self.monitor, norms)
         grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
         buffers = self.buffers.norm()
         finite = self.sentinel.judge(loss, grad_norm, buffers)
@@ -283,6 +292,11 @@ class TrainStep:
             self.silent.after_update(self.updates + 1, parameters, self.optimizer.param_groups, self.scaling.tensor())
         self.masters.push_weights()
         return self._close(accumulated, grad_norm, finite, norms, buffers)
+
+    def _monitored(self, monitor: GradientMonitor, norms: GradientNorms) -> None:
+        report = monitor.check(norms)
+        if report.large and monitor.history.large_updates == 1:
+            self.sentinel.alarm(Alarm(report.step, "large gradient", str(report), report.hint))
 
     def _make_up_for(self, lost: float, parameters: list[torch.Tensor]) -> None:
         """Weigh the micro-batches that are left as if the others had never been there."""

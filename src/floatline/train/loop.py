@@ -22,6 +22,7 @@ from rich.console import Console
 
 from floatline.errors import FloatlineError, MemoryExceededError, NonFiniteError, RankLostError
 from floatline.observe import peak_memory, reset_peak_memory
+from floatline.step import GradientMonitor
 from floatline.train import rng
 from floatline.train.checkpoint import checkpoint_path, find_fault, prune, save_checkpoint
 from floatline.train.data import token_counts
@@ -150,6 +151,27 @@ class Loop:
         self.findings = Findings(run.rundir, run.step, view.say, run.change_recipe)
         self.findings.load(state.get("findings", {}))
         self.findings.attach()
+        self._monitor_gradients(state.get("gradients"))
+
+    def _monitor_gradients(self, kept: dict[str, Any] | None) -> None:
+        """Let the step feed a monitor with the norms that it takes anyway; extremes are looked at now and then."""
+        every = self.recipe.run.gradients_every
+        if every is None:
+            return
+        self.step.monitor = GradientMonitor(
+            self.step.model,
+            self.recipe.train.max_grad_norm,
+            every=every,
+            elements_every=every,
+            lag=self.step.device.type == "cuda",
+            warn=False,
+        )
+        if kept:
+            self.step.monitor.load_state_dict(kept)
+
+    def _write_gradients(self) -> None:
+        if self.step.monitor is not None:
+            self.run_.rundir.write_json("gradients.json", self.step.monitor.record())
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end, then test; returns the last evaluation's record."""
@@ -286,7 +308,9 @@ class Loop:
             "best": self.best,
             "position": self.position.kept(),
             "findings": self.findings.state(),
+            "gradients": self.step.monitor.state_dict() if self.step.monitor is not None else None,
         }
+        self._write_gradients()
         plain, shards = run.weights.split(state)
         directory = run.rundir.checkpoints
         save_checkpoint(directory, self.step.updates, plain, lambda path: run.weights.write(path, shards), self.ranks)

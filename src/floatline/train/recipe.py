@@ -98,6 +98,9 @@ class GuardSection(Section):
 class RunSection(Section):
     dir: Annotated[str, Field(description="directory of this run; created, locked, resumed from")] = "runs/latest"
     log_every: Count | None = Field(None, description="updates between reads of the loss from the device")
+    gradients_every: Count | None = Field(
+        10, description="updates between looks at each layer's gradients; null keeps no history of them"
+    )
     threads: Count | None = Field(None, description="CPU threads of torch")
 
 
