@@ -172,7 +172,8 @@ def load_bundle(path: str | Path) -> Bundle:
             hint="nothing in it was run; take the bundle from the run that made it",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise BundleError(f"{file} cannot be read: {str(error).splitlines()[0]}", hint="it may be cut short") from error
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise BundleError(f"{file} cannot be read: {said}", hint="it may be cut short") from error
     if not isinstance(values, dict) or values.pop("version", None) != VERSION:
         raise BundleError(f"{file} is no bundle of version {VERSION}", hint="read it with the Floatline that wrote it")
     try:

@@ -1,0 +1,164 @@
+"""Bundles: a condemned step goes into a file and comes out as it was; from what is no bundle nothing runs."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import floatline as fl
+from floatline.diagnose.bundle import FILE, bundle_of, load_bundle, put_into, save_bundle
+from floatline.diagnose.replay import replay
+from floatline.errors import BundleError
+
+
+def step_of(techniques=(), precision="bf16-mixed"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    return fl.TrainStep(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        precision,
+        loss=lambda m, b: (m(b["x"]).float().square().mean() - b["shift"]).log(),
+        techniques=techniques,
+    )
+
+
+def batch(shift, seed=0):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+    return {"x": x, "shift": torch.tensor(float(shift)), "file": "a.png", "note": {"line": 3, "tags": ["a", None]}}
+
+
+def failed(step, **settings):
+    """Train a little, fail, and return the bundle."""
+    kept = []
+    step.sentinel.on_fault = lambda skip, judged: kept.append(bundle_of(step, skip, judged, **settings))
+    for number in range(3):
+        step(batch(0, number))
+    step([batch(0, 8), batch(50, 9)])
+    return kept[0]
+
+
+def test_there_and_back(tmp_path):
+    bundle = failed(step_of())
+    path = save_bundle(bundle, tmp_path)
+    assert path.name == "update-00000004" and os.listdir(tmp_path) == ["update-00000004"]
+    again = load_bundle(path)
+    assert (again.update, again.what, again.suspects, again.precision) == (4, "loss", (1,), "bf16-mixed")
+    for ours, theirs in zip(again.reruns, bundle.reruns, strict=True):
+        assert torch.equal(ours.batch["x"], theirs.batch["x"]) and ours.batch["note"] == theirs.batch["note"]
+        assert torch.equal(ours.random[0], theirs.random[0])
+    assert all(torch.equal(again.weights[name], value) for name, value in bundle.weights.items())
+    assert load_bundle(path / FILE).update == 4
+
+
+def test_a_replay_fails_as_the_step_did(tmp_path):
+    path = save_bundle(failed(step_of()), tmp_path)
+    other, bundle = step_of(), load_bundle(path)
+    put_into(bundle, other.model)
+    found = replay(bundle, other)
+    assert found.outcome == "reproduced" and found.micro_batch == 1
+    assert found.finding.op == "log" and found.finding.cause_name == "log of a negative number"
+    assert str(found).startswith("update 4: reproduced") and found.as_dict()["finding"]["op"] == "log"
+
+
+def test_the_random_numbers_are_those_of_the_step():
+    """The replay's loss is the loss to the bit, with dropout in the model."""
+    step = step_of()
+    losses = []
+    plain = step.loss
+    step.loss = lambda m, b: losses.append(plain(m, b)) or losses[-1]
+    kept = []
+    step.sentinel.on_fault = lambda skip, judged: kept.append(judged)
+    step(batch(-0.5, 3))
+    step.loss = lambda m, b: losses.append(plain(m, b)) or losses[-1] * float("nan")
+    step(batch(-0.25, 4))
+    step.loss = plain
+    assert torch.equal(step.rerun(kept[0].reruns[0], scaled=False), losses[-1])
+
+
+def test_what_does_not_fail_any_more_says_why(tmp_path):
+    bundle = failed(step_of())
+    mended = step_of()
+    put_into(bundle, mended.model)
+    mended.loss = lambda m, b: m(b["x"]).float().square().mean()
+    found = replay(bundle, mended)
+    assert found.outcome == "not reproduced" and "look at the hardware" in found.note
+    small = failed(step_of(), cap=10, checkpoint="checkpoints/step-00000002")
+    assert small.weights is None and small.checkpoint
+    assert "the weights are those of a checkpoint" in replay(small, mended).note
+
+
+def test_what_fails_only_when_compiled_is_told():
+    bundle = failed(step_of())
+    step = step_of(techniques=["compile(scope='model', backend='eager')"])
+    put_into(bundle, step.model)
+
+    def only_compiled(model, given):
+        loss = model(given["x"]).float().square().mean()
+        return loss * float("nan") if torch.compiler.is_compiling() or not eager() else loss
+
+    step.loss = only_compiled
+    assert replay(bundle, step).outcome == "only compiled"
+
+
+def eager():
+    """Say whether the present stance forbids compiled code, as a diagnosis does."""
+    from torch._dynamo import eval_frame
+
+    return eval_frame._stance.stance == "force_eager"
+
+
+def test_what_cannot_be_kept_is_named():
+    step = step_of()
+    kept = []
+    step.sentinel.on_fault = lambda skip, judged: kept.append(bundle_of(step, skip, judged))
+    step(batch(50) | {"image": object()})
+    assert kept[0].left_out == ("micro-batch 0.image (object)",)
+    assert "the batch is not whole" in replay(kept[0], _harmless()).note
+
+
+def _harmless():
+    step = step_of()
+    step.loss = lambda m, b: m(b["x"]).float().square().mean()
+    return step
+
+
+def test_another_model_is_refused():
+    with pytest.raises(BundleError, match=r"of another model: 0.weight of shape \(8, 3\) is not in this one"):
+        put_into(failed(step_of()), nn.Linear(2, 2))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/floatline-was-here",)
+
+
+@pytest.mark.parametrize("content", ["evil", "cut short", "empty", "other", "list"])
+def test_nothing_runs_from_a_file_that_is_no_bundle(tmp_path, content):
+    path = save_bundle(failed(step_of()), tmp_path)
+    file = path / FILE
+    if content == "evil":
+        torch.save({"version": 1, "reruns": Evil()}, file)
+    elif content == "cut short":
+        file.write_bytes(file.read_bytes()[:500])
+    elif content == "empty":
+        file.write_bytes(b"")
+    elif content == "other":
+        torch.save({"version": 1, "reruns": [], "surprise": 1}, file)
+    else:
+        file.write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(BundleError):
+        load_bundle(path)
+    assert not os.path.exists("/tmp/floatline-was-here")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(BundleError, match="could not be written"):
+        save_bundle(failed(step_of()), tmp_path)
+    assert os.listdir(tmp_path) == []
