@@ -95,11 +95,12 @@ def test_what_is_alive_after_the_backward(plain):
 
 
 def test_the_peak_is_in_the_optimizer_to_the_byte(plain):
-    """AdamW of the largest weight has a root and a quotient of its size at once; besides loss, norm and verdict."""
+    """AdamW of the largest weight has a root and a quotient of its size at once; besides loss, norms and verdict."""
     peak, at = peak_of(plain.events)
     made = plain.storages[plain.events[at][0]]
     assert (made.op, made.phase) == ("aten.div", Phase.OPTIMIZER)
-    assert peak == 2 * PARAMETERS + STATE + BATCH + 2 * 32768 + 4 + 4 + 1
+    norms = 4 * 4  # of the single gradients, kept until the verdict is read
+    assert peak == 2 * PARAMETERS + STATE + BATCH + 2 * 32768 + 4 + 4 + 1 + norms
 
 
 def test_gradients_belong_to_the_modules_whose_forward_made_their_nodes(plain):
