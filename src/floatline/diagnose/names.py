@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
+
+from floatline.observe.finite import plain_name
 
 
 class Names:
@@ -28,7 +31,11 @@ class Names:
         self.batch: dict[str, torch.Tensor] = {}
         for phase, pairs in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in pairs:
-                self._add(tensor, phase, name.replace("_orig_mod.", ""))
+                self._add(tensor, phase, plain_name(name))
+        for owner, module in model.named_modules():  # a tensor that is a mere attribute is a buffer to its readers
+            for key, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    self._add(value, "buffer", plain_name(f"{owner}.{key}".lstrip(".")))
         for group in optimizer.param_groups if optimizer is not None else ():
             for parameter in group["params"]:
                 name = self.of(parameter)[1]
@@ -92,20 +99,34 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _variables(forward: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors that a function sees: of its closure, the globals that it uses, its defaults."""
+    """Return the tensors that a function sees: its closure, the globals that it uses, its defaults, what it is bound to."""
+    found: dict[str, torch.Tensor] = {}
+    for scope in _scopes(forward):
+        for name, value in scope.items():
+            if not isinstance(value, (nn.Module, type)):
+                for path, tensor in _tensors(name, value):
+                    found.setdefault(path, tensor)
+    return found
+
+
+def _scopes(forward: Callable[[], Any]) -> Iterator[Mapping[str, Any]]:
+    if isinstance(forward, functools.partial):
+        yield forward.keywords
+        yield {f"args[{place}]": value for place, value in enumerate(forward.args)}
+        yield from _scopes(forward.func)
+        return
     function = inspect.unwrap(forward)
     try:
         seen = inspect.getclosurevars(function)
-        scopes = [seen.nonlocals, seen.globals]
-    except TypeError:
-        scopes = []
-    scopes.append(getattr(function, "__kwdefaults__", None) or {})
-    names = getattr(getattr(function, "__code__", None), "co_varnames", ())
+        yield seen.nonlocals
+        yield seen.globals
+    except TypeError:  # a callable object
+        yield vars(function) if hasattr(function, "__dict__") else {}
+    owner = getattr(function, "__self__", None)
+    if owner is not None and hasattr(owner, "__dict__"):
+        yield {f"self.{name}": value for name, value in vars(owner).items()}
+    yield getattr(function, "__kwdefaults__", None) or {}
     defaults = getattr(function, "__defaults__", None) or ()
-    scopes.append(dict(zip(names[: len(names)][-len(defaults) :] if defaults else (), defaults, strict=False)))
-    found: dict[str, torch.Tensor] = {}
-    for scope in scopes:
-        for name, value in scope.items():
-            if not isinstance(value, (nn.Module, type)):
-                found.update(_tensors(name, value))
-    return found
+    names = getattr(getattr(function, "__code__", None), "co_varnames", ())
+    count = getattr(getattr(function, "__code__", None), "co_argcount", 0)
+    yield dict(zip(names[count - len(defaults) : count], defaults, strict=False))

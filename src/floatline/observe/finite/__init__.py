@@ -1,8 +1,9 @@
 """Find the first op of a step that made a value that is not finite; see watch.py."""
 
-from floatline.observe.finite.numbers import Numbers, bad_rows, is_bad, numbers
+from floatline.observe.finite.numbers import Numbers, bad_rows, has_nan, is_bad, numbers
 from floatline.observe.finite.origins import Kind, Made, Origin, Spot
 from floatline.observe.finite.places import Place
-from floatline.observe.finite.watch import Watch, watching
+from floatline.observe.finite.watch import Watch, plain_name, watching
 
-__all__ = ["Kind", "Made", "Numbers", "Origin", "Place", "Spot", "Watch", "bad_rows", "is_bad", "numbers", "watching"]
+__all__ = ["Kind", "Made", "Numbers", "Origin", "Place", "Spot", "Watch", "bad_rows", "has_nan", "is_bad", "numbers",
+           "plain_name", "watching"]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,18 @@ def is_bad(tensor: torch.Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return False
     values = dense(tensor)
-    return bool(values.numel()) and not bool(torch.isfinite(values).all())
+    if not values.numel():
+        return False
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    # A sum is finite only where all of it is, and takes one pass; where it is not, it may have overflowed by itself.
+    wide = torch.float32 if values.element_size() < 4 else values.dtype
+    return not math.isfinite(values.sum(dtype=wide).item()) and not bool(torch.isfinite(values).all())
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor holds a NaN."""
+    return bool(torch.isnan(dense(tensor)).any())
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ whatever was not finite on the way but reached nothing has no say.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -45,14 +45,20 @@ class Spot:
         module: Dotted name of the module whose forward ran it, "" at the top.
         user: The user's line.
         library: The library's line below it, if any.
-        call: Number of the call of torch's Python interface that it belongs to.
+        function: The function of torch's Python interface that was called there: `norm` of a `linalg_vector_norm`.
     """
 
     op: str
     module: str
     user: Place | None
     library: Place | None
-    call: int
+    function: str = ""
+
+    @property
+    def line(self) -> tuple[str, int] | None:
+        """File and number of the innermost line that is not torch's: the library's, or else the user's."""
+        place = self.library or self.user
+        return (place.file, place.line) if place is not None else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +78,9 @@ class Origin:
         saved: In the backward, what the forward op had saved.
         made_by: Argument -> the op that had made it.
         tensor: Of a GIVEN one, the tensor itself.
-        custom: The op, or its derivative, is of a user-written autograd Function.
+        variable: Of a GIVEN one, what the user's code calls it, "" where it has no name there.
+        derivative: The op is part of a derivative's formula, and `spot` the forward op that the derivative is of.
+        custom: The formula is that of a user-written autograd Function.
     """
 
     number: int
@@ -87,7 +95,13 @@ class Origin:
     saved: tuple[Numbers, ...] = ()
     made_by: dict[str, Made] = field(default_factory=dict)
     tensor: torch.Tensor | None = None
+    variable: str = ""
+    derivative: bool = False
     custom: bool = False
+
+
+MOST_BEFORE = 3
+"""How many ops back a tensor's making is remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +112,20 @@ class Made:
         spot: The op.
         scalars: Its arguments that are plain numbers.
         dtype: Of the result, as text.
+        before: The ops that had made its own inputs, as far back as `MOST_BEFORE`.
     """
 
     spot: Spot
     scalars: dict[str, Any]
     dtype: str
+    before: tuple[Made, ...] = ()
+
+    def chain(self) -> Iterator[Made]:
+        """Yield this op and those before it, the nearest first."""
+        level: tuple[Made, ...] = (self,)
+        while level:
+            yield from level
+            level = tuple(earlier for made in level for earlier in made.before)
 
 
 class Ledger:

@@ -1,0 +1,60 @@
+"""Which op made a tensor, and which made what went into that: where an eps was added, where a mask was filled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from floatline.observe.finite.meant import MOVING
+from floatline.observe.finite.origins import MOST_BEFORE, Made, Spot
+from floatline.observe.finite.ran import Labelled, Ran
+from floatline.observe.real import tensors_in
+
+
+class Makers:
+    """The last op that wrote each storage."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Made] = {}
+
+    def of(self, tensor: torch.Tensor) -> Made | None:
+        """Return the op that wrote a tensor last, None where it was there before."""
+        return self._made.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+
+    def of_all(self, inputs: Labelled) -> dict[str, Made]:
+        """Return the ops that wrote an op's inputs, by the inputs' names."""
+        return {label: made for label, tensor in inputs if (made := self.of(tensor)) is not None}
+
+    def note(self, ran: Ran, results: list[torch.Tensor], spot: Spot) -> None:
+        """Note what an op wrote; a copy counts as made by what made the original."""
+        floats = [t for t in results if t.layout is torch.strided and t.is_floating_point()]
+        if not floats:
+            return
+        if ran.name in MOVING and not ran.func._schema.is_mutable:
+            first = next(iter(tensors_in(ran.args)), None)
+            made = self.of(first) if first is not None else None
+            if made is not None:
+                self._write(floats, made)
+                return
+        before = tuple(_cut(made, MOST_BEFORE - 1) for _, tensor in ran.inputs if (made := self.of(tensor)) is not None)
+        for tensor in floats:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self._write([tensor], Made(spot=spot, scalars=ran.scalars, dtype=dtype, before=before))
+
+    def _write(self, tensors: list[torch.Tensor], made: Made) -> None:
+        for tensor in tensors:
+            self._made[tensor.untyped_storage()._cdata] = made
+
+
+def _cut(made: Made, depth: int) -> Made:
+    """Return a maker without what lies more than `depth` ops before it."""
+    if not made.before:
+        return made
+    return replace(made, before=tuple(_cut(earlier, depth - 1) for earlier in made.before) if depth > 0 else ())
+
+
+def made_from(made: Made | None) -> Any:
+    """Return the makers of a tensor, the nearest first; nothing for None."""
+    return made.chain() if made is not None else iter(())

@@ -1,0 +1,128 @@
+"""One op that has run: its tensors as they were before it wrote, what it wrote, and what it should have given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from floatline.observe.finite.meant import OVERWRITING
+from floatline.observe.finite.numbers import Numbers, numbers
+from floatline.observe.real import tensors_in
+
+_STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
+"""Ops that write their arguments 3 and 4 without their schema saying so."""
+
+Labelled = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One op that has run.
+
+    Attributes:
+        func: The op.
+        name: Its aten name.
+        args: As it was given them.
+        kwargs: Likewise.
+        inputs: Name in the schema -> tensor, as it was before.
+        identities: `id` of the tensors that it was given, in the order of `inputs`.
+    """
+
+    func: Any
+    name: str
+    args: Any
+    kwargs: Any
+    inputs: Labelled
+    identities: list[int]
+
+    @cached_property
+    def scalars(self) -> dict[str, Any]:
+        """Its numbers, booleans and texts by the names of its schema."""
+        schema = self.func._schema.arguments
+        named = {argument.name: self.args[i] for i, argument in enumerate(schema) if i < len(self.args)}
+        named.update(self.kwargs)
+        return {name: value for name, value in named.items() if _is_plain(value)}
+
+    def results(self, out: Any) -> list[torch.Tensor]:
+        """Return what it gave and what it wrote, each memory once."""
+        return _distinct([*tensors_in(out), *written(self.func, self.args, self.kwargs)])
+
+    def exact(self) -> tuple[Numbers, ...] | None:
+        """Return its result on the same inputs in fp64, None where it draws random numbers or will not run so."""
+        if torch.Tag.nondeterministic_seeded in self.func.tags or not self.inputs:
+            return None
+        kept = dict(zip(self.identities, (tensor for _, tensor in self.inputs), strict=True))
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                value = kept.get(id(value), value).detach()
+                return value.double().clone() if value.is_floating_point() else value
+            if isinstance(value, torch.dtype):
+                return torch.float64 if value.is_floating_point else value
+            return type(value)(map(widen, value)) if isinstance(value, (list, tuple)) else value
+
+        try:
+            positions = [widen(value) for value in self.args]
+            result = self.func(*positions, **{key: widen(value) for key, value in self.kwargs.items()})
+        except Exception:  # no kernel for it in fp64: nothing can be said
+            return None
+        wanted = list(tensors_in(result)) or list(tensors_in(positions[:1]))
+        wanted += written(self.func, positions, {}) if self.name in _STATISTICS else []
+        return tuple(numbers(tensor, "exact") for tensor in wanted if tensor.is_floating_point())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(item, (int, float)) for item in value)
+    return isinstance(value, (bool, int, float, complex, str))
+
+
+def inputs_of(func: Any, name: str, args: Any, kwargs: Any) -> Labelled:
+    """Return an op's tensors with the names of its schema; of an op that overwrites its first one, the others."""
+    return list(_named(func, args, kwargs, first=name not in OVERWRITING))
+
+
+def _named(func: Any, args: Any, kwargs: Any, first: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    for place, argument in enumerate(func._schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        if argument.is_out or (not first and place == 0):
+            continue
+        if isinstance(value, torch.Tensor):
+            yield argument.name, value
+        elif isinstance(value, (list, tuple)):
+            for number, tensor in enumerate(tensors_in(value)):
+                yield f"{argument.name}[{number}]", tensor
+
+
+def before_writing(func: Any, name: str, args: Any, kwargs: Any, inputs: Labelled) -> Labelled:
+    """Return the inputs with copies of those that the op will write over."""
+    if not func._schema.is_mutable and name not in _STATISTICS:
+        return inputs
+    over = {id(tensor) for tensor in written(func, args, kwargs)}
+    return [(label, tensor.detach().clone() if id(tensor) in over else tensor) for label, tensor in inputs]
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Return the tensors that an op writes into."""
+    if func._schema.name.split("::")[-1] in _STATISTICS:
+        return [tensor for tensor in args[3:5] if isinstance(tensor, torch.Tensor)]
+    if not func._schema.is_mutable:
+        return []
+    taken = [
+        args[place] if place < len(args) else kwargs.get(argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return list(tensors_in(taken))
+
+
+def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors without those that are the same memory: an in-place op returns what it wrote."""
+    if len(tensors) < 2:
+        return tensors
+    return list({(t.untyped_storage()._cdata, t.storage_offset()) if t.layout is torch.strided else id(t): t
+                 for t in tensors}.values())  # fmt: skip
