@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from floatline.diagnose.causes import cause_of, limit_of
+from floatline.diagnose.causes import cause_of, gone_over, limit_of
 from floatline.diagnose.cures import Replay, samples_replaced, try_cures
 from floatline.diagnose.finding import Counterfactual, Evidence, Finding
 from floatline.diagnose.names import Names
@@ -44,6 +44,8 @@ def tell(origin: Origin, phase: str, tensor: str, model: nn.Module, names: Names
     if origin.kind is Kind.GIVEN:
         return _given(origin, names, replay)
     cause = cause_of(origin)
+    if phase == "backward" and not origin.derivative and origin.phase == "forward" and gone_over(origin):
+        phase = "forward"  # only the format was too small; that the loss is finite all the same is luck
     tried = None
     if replay is not None:
         untried = Counterfactual(remedy=cause.remedy, cured=None, why=cause.untried or "an update is not run again")

@@ -74,21 +74,6 @@ def power_behind_where():
     return forward, model
 
 
-@fault("backward", "linalg_vector_norm", "derivative at the edge", cured=True)
-def norm_of_half_order_of_a_vector_with_a_zero():
-    model, x = layer(), rows()
-    with torch.no_grad():
-        model.bias.zero_()
-    x[0] = 0
-
-    def forward():
-        h = model(x)
-        length = h.norm(p=0.5, dim=-1)  # HERE
-        return length.sum()
-
-    return forward, model
-
-
 @fault("backward", "sqrt", "derivative at the edge", cured=True)
 def euclidean_distance_by_hand_to_itself():
     model, x = layer(), rows()
@@ -113,18 +98,6 @@ def angle_behind_where():
     return forward, model
 
 
-@fault("backward", "atan2", "derivative at the edge", cured=True)
-def direction_of_a_zero_vector():
-    model, x = layer(), rows()
-
-    def forward():
-        h, good = split(model, x)
-        angle = torch.atan2(h * 0, h)  # HERE
-        return torch.where(good, angle, 0.0).sum()
-
-    return forward, model
-
-
 @fault("backward", "exp", "derivative at the edge", cured=True)
 def exponential_behind_where():
     model, x = layer(), rows()
@@ -133,20 +106,6 @@ def exponential_behind_where():
         h = model(x) * 400
         smooth = h.exp()  # HERE
         return torch.where(h > 0, h, smooth).mean()
-
-    return forward, model
-
-
-@fault("backward", "std", "derivative at the edge")
-def standard_deviation_of_equal_values():
-    model, x = layer(), rows()
-    with torch.no_grad():
-        model.weight.zero_()
-        model.bias.fill_(0.5)
-
-    def forward():
-        h = model(x)
-        return h.std(dim=0).sum()  # HERE
 
     return forward, model
 
@@ -329,17 +288,6 @@ def layer_norm_without_eps_over_equal_values():
     return lambda: model(x).sum(), model
 
 
-@fault("backward", "_cdist_forward", "derivative at the edge")
-def distances_of_half_order_at_zero():
-    model, x = layer(), rows()
-
-    def forward():
-        h = model(x)
-        return torch.cdist(h, h.detach(), p=0.5).sum()  # HERE
-
-    return forward, model
-
-
 @fault("backward", "log", "derivative at the edge")
 def first_of_two_faults_in_the_backward():
     model, x = layer(), rows()
@@ -349,5 +297,68 @@ def first_of_two_faults_in_the_backward():
         early = h.sqrt()
         late = h.log()  # HERE
         return torch.where(h > 0, late + early, 0.0).sum()
+
+    return forward, model
+
+
+@fault("backward", "hypot", "derivative at the edge", cured=True)
+def length_of_a_zero_vector_by_hypot():
+    model, x = layer(), rows()
+    with torch.no_grad():
+        model.bias.zero_()
+    x[1] = 0
+
+    def forward():
+        h = model(x)
+        length = torch.hypot(h[:, 0], h[:, 1])  # HERE
+        return length.sum()
+
+    return forward, model
+
+
+@fault("backward", "_linalg_eigh", "derivative at the edge")
+def eigenvectors_of_equal_eigenvalues():
+    model, x = layer(), torch.zeros(4, 4)
+    with torch.no_grad():
+        model.bias.zero_()
+
+    def forward():
+        h = model(x) + torch.eye(4)
+        _, vectors = torch.linalg.eigh((h + h.T) / 2)  # HERE
+        return vectors[0].sum()
+
+    return forward, model
+
+
+@fault("backward", "special_entr", "derivative at the edge", cured=True)
+def entropy_of_a_certain_outcome():
+    model, x = layer(), rows()
+
+    def forward():
+        h, _ = split(model, x)
+        p = h / h.sum()
+        return torch.special.entr(p).sum()  # HERE
+
+    return forward, model
+
+
+@fault("backward", "xlogy", "derivative at the edge", cured=True)
+def x_log_x_at_zero():
+    model, x = layer(), rows()
+
+    def forward():
+        h, _ = split(model, x)
+        return torch.xlogy(h, h).sum()  # HERE
+
+    return forward, model
+
+
+@fault("backward", "asin", "derivative at the edge", cured=True)
+def latitude_at_the_pole():
+    model, x = layer(), rows()
+
+    def forward():
+        height = torch.tanh(model(x) * 100)
+        return torch.asin(height).sum()  # HERE
 
     return forward, model

@@ -80,7 +80,7 @@ def kl_with_log_of_zero():
 
 @fault("forward", "sqrt", "root of a negative number", cured=True)
 def variance_as_difference_of_squares():
-    model = layer()
+    model = layer(4, 5)
     with torch.no_grad():
         model.weight.zero_()
         model.bias.fill_(1000.1)

@@ -223,7 +223,7 @@ def garbage(tensor):
     return tensor
 
 
-@fault("input", "addmm", "bad input", tensor="x", samples=(3, 4))
+@fault("input", "addmm", "bad input", tensor="input", samples=(3, 4))
 def nan_in_padding_reaches_the_gradient_as_zero_times_nan():
     model, x = layer(), rows(5)
     x[3:] = NAN

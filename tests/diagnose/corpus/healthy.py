@@ -356,3 +356,18 @@ def power_of_two_of_minus_infinity():
     model, x = layer(), rows()
     gap = torch.tensor([0.0, -1.0, OUT, -2.0])
     return lambda: (model(x) * gap.exp()).sum(), model, adam(model)
+
+
+@healthy
+def derivatives_that_torch_makes_finite_at_the_edge():
+    model, x = layer(), rows()
+    with torch.no_grad():
+        model.bias.zero_()
+    x[0] = 0
+
+    def forward():
+        h = model(x)
+        same = h[:, :1].expand(3, 4)
+        return h.norm(dim=-1).sum() + same.std(-1).sum() + torch.cdist(h, h).sum() + F.normalize(h).sum()
+
+    return forward, model, adam(model)

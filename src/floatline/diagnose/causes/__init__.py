@@ -6,7 +6,7 @@ derivative of sqrt at 0 is infinite) and public issues (pytorch#41508 masked row
 branch, transformers#27114 two masks added).
 """
 
-from floatline.diagnose.causes.cause import Cause, limit_of
+from floatline.diagnose.causes.cause import Cause, gone_over, limit_of
 from floatline.diagnose.causes.table import cause_of
 
-__all__ = ["Cause", "cause_of", "limit_of"]
+__all__ = ["Cause", "cause_of", "gone_over", "limit_of"]

@@ -36,6 +36,7 @@ _REASONS = {
     "atan2": "the derivative of atan2 at (0, 0) is 0/0",
     "prod": "the derivative of a product divides by its factors",
     "hypot": "the derivative of hypot at (0, 0) is 0/0",
+    "special_entr": "the derivative of x log x at 0 is infinite",
     "sgn": "the derivative of a complex sign at 0 is 0/0",
     "abs": "the derivative of a complex magnitude at 0 is 0/0",
     "_fused_rms_norm": "all values are 0 and eps is 0 in this format",
@@ -64,9 +65,10 @@ def _user_written(origin: Origin) -> Cause | None:
 def _discarded(origin: Origin) -> Cause | None:
     """The op's own result was not finite in the forward, and is a factor of its derivative."""
     result = next((item for item in origin.saved if item.name.startswith("result") and item.bad), None)
-    if result is None or base(origin.spot.op) in _REASONS:
+    if result is None:
         return None
-    return _at_the_edge(origin, f"the result of {origin.spot.op} was not finite and was discarded in the forward")
+    default = "the result of {op} was not finite and was discarded in the forward"
+    return _at_the_edge(origin, _REASONS.get(base(origin.spot.op), default).format(op=origin.spot.op))
 
 
 def _overflow(origin: Origin) -> Cause | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from floatline.observe.finite import Made, Numbers, Origin
+from floatline.observe.finite.meant import base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,6 @@ HALVES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _KEEPING_ZERO = frozenset({"sqrt", "mean", "sum", "mul", "div", "_to_copy", "expand", "pow", "linalg_vector_norm", "abs",
                            "neg", "rsub", "sub", "add", "clamp", "clamp_min", "clamp_max", "sigmoid"})  # fmt: skip
 """Ops through which an eps that was lost, or a bound that was rounded away, can be followed back."""
-
-
-def base(op: str) -> str:
-    """Return an op's name without the underscore of its in-place form."""
-    return op if op.startswith("_") else op.rstrip("_")
 
 
 def argument(origin: Origin, *names: str) -> Numbers | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from floatline.observe.finite.meant import MOVING
 from floatline.observe.finite.origins import MOST_BEFORE, Made, Spot
-from floatline.observe.finite.ran import Labelled, Ran
+from floatline.observe.finite.ran import Given, Ran
 from floatline.observe.real import tensors_in
 
 
@@ -23,9 +22,9 @@ class Makers:
         """Return the op that wrote a tensor last, None where it was there before."""
         return self._made.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
 
-    def of_all(self, inputs: Labelled) -> dict[str, Made]:
+    def of_all(self, inputs: list[Given]) -> dict[str, Made]:
         """Return the ops that wrote an op's inputs, by the inputs' names."""
-        return {label: made for label, tensor in inputs if (made := self.of(tensor)) is not None}
+        return {given.label: made for given in inputs if (made := self.of(given.tensor)) is not None}
 
     def note(self, ran: Ran, results: list[torch.Tensor], spot: Spot) -> None:
         """Note what an op wrote; a copy counts as made by what made the original."""
@@ -38,7 +37,7 @@ class Makers:
             if made is not None:
                 self._write(floats, made)
                 return
-        before = tuple(_cut(made, MOST_BEFORE - 1) for _, tensor in ran.inputs if (made := self.of(tensor)) is not None)
+        before = tuple(_cut(made, MOST_BEFORE - 1) for made in self.of_all(ran.inputs).values())
         for tensor in floats:
             dtype = str(tensor.dtype).removeprefix("torch.")
             self._write([tensor], Made(spot=spot, scalars=ran.scalars, dtype=dtype, before=before))
@@ -53,8 +52,3 @@ def _cut(made: Made, depth: int) -> Made:
     if not made.before:
         return made
     return replace(made, before=tuple(_cut(earlier, depth - 1) for earlier in made.before) if depth > 0 else ())
-
-
-def made_from(made: Made | None) -> Any:
-    """Return the makers of a tensor, the nearest first; nothing for None."""
-    return made.chain() if made is not None else iter(())

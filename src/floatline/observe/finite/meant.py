@@ -4,18 +4,22 @@ A mask filled with -inf, the +inf that a minimum starts from, `log` of a mask of
 They become one where an op makes NaN of them (softmax over a row that is masked everywhere, inf - inf), or where nothing
 else is left after a reduction and it reaches the loss.
 
-`log` of zeros and ones that hang on a parameter is no mask: those are probabilities that have saturated.
+`log` of zeros and ones that were computed is no mask: those are probabilities that have saturated.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from floatline.observe.finite.numbers import dense, has_nan
+from floatline.observe.finite.origins import Made
+
+if TYPE_CHECKING:
+    from floatline.observe.finite.ran import Ran
 
 RAW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_",
                  "_efficientzerotensor", "set_"})  # fmt: skip
@@ -31,6 +35,17 @@ MOVING = frozenset({"clone", "contiguous", "cat", "stack", "index", "index_selec
 LOGS = frozenset({"log", "log2", "log10", "log_", "log2_", "log10_"})
 
 
+_MASKING = frozenset({"_to_copy", "copy", "ones", "zeros", "ones_like", "zeros_like", "full", "full_like", "new_ones",
+                      "new_zeros", "new_full", "tril", "triu", "scatter", "index_put", "index_fill", "fill", "zero",
+                      "masked_fill", "where", "eye", "one_hot", "diag", "tril_indices", "logical_not", "rsub"})  # fmt: skip
+"""Ops that masks are made with, without the underscore of their in-place forms."""
+
+
+def base(op: str) -> str:
+    """Return an op's name without the underscore of its in-place form."""
+    return op if op.startswith("_") else op.rstrip("_")
+
+
 def floats_in(value: Any) -> Iterator[float]:
     """Yield the floats of an op's plain arguments."""
     if isinstance(value, float):
@@ -40,26 +55,27 @@ def floats_in(value: Any) -> Iterator[float]:
             yield from floats_in(item)
 
 
-def is_meant(name: str, scalars: dict[str, Any], inputs: list[tuple[str, torch.Tensor]], outputs: list[Any]) -> bool:
+def is_meant(ran: Ran, outputs: list[torch.Tensor], made_by: dict[str, Made]) -> bool:
     """Say whether an op that made infinities out of finite tensors was asked to.
 
     Args:
-        name: The op.
-        scalars: Its plain arguments.
-        inputs: Its tensors.
+        ran: The op.
         outputs: Its results that are not finite.
+        made_by: Name of an input -> the op that had made it.
     """
     if any(has_nan(out) for out in outputs):
         return False
-    if any(math.isinf(value) for scalar in scalars.values() for value in floats_in(scalar)):
+    if any(math.isinf(value) for scalar in ran.scalars.values() for value in floats_in(scalar)):
         return True
-    return name in LOGS and bool(inputs) and _is_indicator(inputs[0][1])
+    return ran.name in LOGS and _is_indicator(ran.inputs[0].before, made_by.get(ran.inputs[0].label))
 
 
-def _is_indicator(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor holds zeros and ones only and hangs on no parameter: a mask as numbers."""
+def _is_indicator(tensor: torch.Tensor, made: Made | None) -> bool:
+    """Say whether a tensor is a mask as numbers: zeros and ones only, and not computed."""
+    if tensor.requires_grad or (made is not None and base(made.spot.op) not in _MASKING):
+        return False
     values = dense(tensor)
-    return not tensor.requires_grad and bool(values.numel()) and bool(((values == 0) | (values == 1)).all())
+    return bool(values.numel()) and bool(((values == 0) | (values == 1)).all())
 
 
 def is_mask(tensor: torch.Tensor) -> bool:

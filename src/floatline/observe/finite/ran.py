@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,19 @@ from floatline.observe.real import tensors_in
 _STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 """Ops that write their arguments 3 and 4 without their schema saying so."""
 
-Labelled = list[tuple[str, torch.Tensor]]
+
+class Given(NamedTuple):
+    """A tensor that an op was given.
+
+    Attributes:
+        label: Its name in the op's schema.
+        before: What it was before the op ran: a copy where the op writes it.
+        tensor: The tensor itself.
+    """
+
+    label: str
+    before: torch.Tensor
+    tensor: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -28,16 +40,14 @@ class Ran:
         name: Its aten name.
         args: As it was given them.
         kwargs: Likewise.
-        inputs: Name in the schema -> tensor, as it was before.
-        identities: `id` of the tensors that it was given, in the order of `inputs`.
+        inputs: The tensors that it reads.
     """
 
     func: Any
     name: str
     args: Any
     kwargs: Any
-    inputs: Labelled
-    identities: list[int]
+    inputs: list[Given]
 
     @cached_property
     def scalars(self) -> dict[str, Any]:
@@ -55,7 +65,7 @@ class Ran:
         """Return its result on the same inputs in fp64, None where it draws random numbers or will not run so."""
         if torch.Tag.nondeterministic_seeded in self.func.tags or not self.inputs:
             return None
-        kept = dict(zip(self.identities, (tensor for _, tensor in self.inputs), strict=True))
+        kept = {id(given.tensor): given.before for given in self.inputs}
 
         def widen(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -81,9 +91,13 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, complex, str))
 
 
-def inputs_of(func: Any, name: str, args: Any, kwargs: Any) -> Labelled:
-    """Return an op's tensors with the names of its schema; of an op that overwrites its first one, the others."""
-    return list(_named(func, args, kwargs, first=name not in OVERWRITING))
+def inputs_of(func: Any, name: str, args: Any, kwargs: Any) -> list[Given]:
+    """Return the tensors that an op reads, with the names of its schema; those that it writes over are copied."""
+    named = _named(func, args, kwargs, first=name not in OVERWRITING)
+    if not func._schema.is_mutable and name not in _STATISTICS:
+        return [Given(label, tensor, tensor) for label, tensor in named]
+    over = {id(tensor) for tensor in written(func, args, kwargs)}
+    return [Given(label, t.detach().clone() if id(t) in over else t, t) for label, t in named]
 
 
 def _named(func: Any, args: Any, kwargs: Any, first: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,14 +110,6 @@ def _named(func: Any, args: Any, kwargs: Any, first: bool) -> Iterator[tuple[str
         elif isinstance(value, (list, tuple)):
             for number, tensor in enumerate(tensors_in(value)):
                 yield f"{argument.name}[{number}]", tensor
-
-
-def before_writing(func: Any, name: str, args: Any, kwargs: Any, inputs: Labelled) -> Labelled:
-    """Return the inputs with copies of those that the op will write over."""
-    if not func._schema.is_mutable and name not in _STATISTICS:
-        return inputs
-    over = {id(tensor) for tensor in written(func, args, kwargs)}
-    return [(label, tensor.detach().clone() if id(tensor) in over else tensor) for label, tensor in inputs]
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:

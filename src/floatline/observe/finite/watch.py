@@ -36,7 +36,7 @@ from floatline.observe.finite.meant import LOGS, MOVING, RAW, is_mask, is_meant
 from floatline.observe.finite.numbers import Numbers, is_bad, numbers
 from floatline.observe.finite.origins import Kind, Ledger, Origin, Spot
 from floatline.observe.finite.places import place_of_optimizer, places, variable_of
-from floatline.observe.finite.ran import Labelled, Ran, before_writing, inputs_of
+from floatline.observe.finite.ran import Given, Ran, inputs_of
 
 MOST_ORIGINS = 256
 """Origins that are described in full; what comes later than that is never the first."""
@@ -91,10 +91,9 @@ class Watch(TorchDispatchMode):
         if func.is_view:
             return func(*args, **kwargs)
         inputs = inputs_of(func, name, args, kwargs)
-        bad = [(label, tensor) for label, tensor in inputs if self._is_bad(tensor)]
-        kept = before_writing(func, name, args, kwargs, inputs)
+        bad = [given for given in inputs if self._is_bad(given.tensor)]
         out = func(*args, **kwargs)
-        self._look(Ran(func, name, args, kwargs, kept, [id(tensor) for _, tensor in inputs]), out, bad)
+        self._look(Ran(func, name, args, kwargs, inputs), out, bad)
         return out
 
     # Where the program is
@@ -133,7 +132,7 @@ class Watch(TorchDispatchMode):
 
     # What comes out
 
-    def _look(self, ran: Ran, out: Any, bad: Labelled) -> None:
+    def _look(self, ran: Ran, out: Any, bad: list[Given]) -> None:
         results = ran.results(out)
         spoilt = [tensor for tensor in results if is_bad(tensor)]
         for tensor in results:
@@ -141,14 +140,14 @@ class Watch(TorchDispatchMode):
                 self.ledger.clear(tensor)
         if spoilt:
             if not bad:  # an address may have been used again: look at what is taken to be finite
-                bad = [(label, tensor) for label, tensor in ran.inputs if is_bad(tensor)]
+                bad = [given for given in ran.inputs if is_bad(given.before)]
             origins = self._origins_of(ran, bad, spoilt)
             for tensor in spoilt:
                 self.ledger.add(tensor, origins)
         quiet = self.phase == "backward" and not torch.is_grad_enabled()
         self._makers.note(ran, results, replace(_NOWHERE, op=ran.name) if quiet else self._spot(ran.name))
 
-    def _origins_of(self, ran: Ran, bad: Labelled, spoilt: list[torch.Tensor]) -> frozenset[Origin]:
+    def _origins_of(self, ran: Ran, bad: list[Given], spoilt: list[torch.Tensor]) -> frozenset[Origin]:
         """Return where what came out of an op came from: the op itself, or what went in."""
         if not bad:
             return frozenset({self._origin(ran, spoilt, self._kind(ran, spoilt))})
@@ -169,10 +168,10 @@ class Watch(TorchDispatchMode):
             return origins | {self._origin(ran, spoilt, Kind.TAKEN)}
         return origins
 
-    def _inherited(self, ran: Ran, bad: Labelled) -> frozenset[Origin]:
+    def _inherited(self, ran: Ran, bad: list[Given]) -> frozenset[Origin]:
         found: frozenset[Origin] = frozenset()
-        for label, tensor in bad:
-            found |= self.ledger.of(tensor) or frozenset({self._given_origin(label, tensor, ran.name)})
+        for given in bad:
+            found |= self.ledger.of(given.tensor) or frozenset({self._given_origin(given, ran.name)})
         return found
 
     def _own(self, node: Any, origins: frozenset[Origin]) -> bool:
@@ -184,13 +183,12 @@ class Watch(TorchDispatchMode):
         if any(origin.derivative for origin in origins):
             return False
         spot = self._nodes.blame(node, "").spot
-        others = [o for o in origins if o.kind not in (Kind.MEANT, Kind.TAKEN) and o.spot != spot]
-        return not others
+        return not any(o.kind in (Kind.GIVEN, Kind.RAW) or (o.kind is Kind.FAULT and o.spot != spot) for o in origins)
 
     def _kind(self, ran: Ran, spoilt: list[torch.Tensor]) -> Kind:
         if ran.name in RAW:
             return Kind.RAW
-        return Kind.MEANT if is_meant(ran.name, ran.scalars, ran.inputs, spoilt) else Kind.FAULT
+        return Kind.MEANT if is_meant(ran, spoilt, self._makers.of_all(ran.inputs)) else Kind.FAULT
 
     # Origins
 
@@ -205,7 +203,7 @@ class Watch(TorchDispatchMode):
             spot=blame.spot if blame else self._spot(ran.name),
             ran=ran.name,
             scalars=ran.scalars,
-            inputs=_described(ran.inputs) if full else (),
+            inputs=_described([(g.label, g.before) for g in ran.inputs]) if full else (),
             outputs=_described([("result", tensor) for tensor in spoilt]) if full else (),
             exact=ran.exact() if full and kind is Kind.FAULT else None,
             saved=blame.saved if blame and full else (),
@@ -216,20 +214,21 @@ class Watch(TorchDispatchMode):
         self.origins.append(origin)
         return origin
 
-    def _given_origin(self, label: str, tensor: torch.Tensor, name: str) -> Origin:
+    def _given_origin(self, given: Given, name: str) -> Origin:
         """Return the origin of a tensor that no op under watch made bad: it was there before, or is unwritten memory."""
+        tensor = given.tensor
         key = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
         if key not in self._given:
             made = self._makers.of(tensor)
             raw = made is not None and made.spot.op in RAW
-            kind = Kind.RAW if raw else Kind.MEANT if is_mask(tensor) else Kind.GIVEN
+            kind = Kind.RAW if raw else Kind.MEANT if is_mask(given.before) else Kind.GIVEN
             self._given[key] = Origin(
                 number=self._number,
                 kind=kind,
                 phase=self.phase,
                 spot=made.spot if made is not None and raw else self._spot(name),
                 ran=made.spot.op if made is not None and raw else name,
-                inputs=(numbers(tensor, label),),
+                inputs=(numbers(given.before, given.label),),
                 tensor=tensor.detach(),
                 variable=variable_of(tensor) if kind is Kind.GIVEN else "",
             )
@@ -241,7 +240,7 @@ def _faults(origins: frozenset[Origin]) -> bool:
     return any(origin.kind not in (Kind.MEANT, Kind.TAKEN) for origin in origins)
 
 
-def _described(tensors: Labelled) -> tuple[Numbers, ...]:
+def _described(tensors: list[tuple[str, torch.Tensor]]) -> tuple[Numbers, ...]:
     return tuple(numbers(tensor, label) for label, tensor in tensors if not tensor.is_meta)
 
 
