@@ -71,7 +71,7 @@ def widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def off_edge(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whose values on or beyond an edge are replaced by a number that is inside of all domains."""
     values = tensor.detach()
-    edge = _on_edge(name.strip("_"), values) | ~torch.isfinite(values)
+    edge = _on_edge(name.removeprefix("special_").strip("_"), values) | ~torch.isfinite(values)
     return torch.where(edge, torch.full_like(values, _INSIDE), tensor) if bool(edge.any()) else tensor
 
 

@@ -102,7 +102,7 @@ class Diagnosis:
 
     def run(self, cures: bool = True) -> Finding | None:
         """Return the finding, None where nothing is wrong."""
-        with everything_kept(self.model, self.optimizer):
+        with everything_kept(self.model, self.optimizer, self._leaves()):
             damage = self._watched()
         if damage is None:
             return bad_before(self.model)
@@ -170,6 +170,10 @@ class Diagnosis:
                 found.setdefault(id(parameter), (f"parameter {place} of the optimizer", parameter))
         return list(found.values())
 
+    def _leaves(self) -> list[torch.Tensor]:
+        """Return the tensors beside the model's that a backward gives gradients."""
+        return [tensor for tensor in self.names.variables.values() if tensor.is_leaf and tensor.requires_grad]
+
     def _bad_gradients(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, p.grad) for name, p in self._parameters() if p.grad is not None and is_bad(p.grad)]
 
@@ -182,7 +186,8 @@ class Diagnosis:
             around: Context that both run in.
             scale: What the loss is multiplied with before the backward.
         """
-        with everything_kept(self.model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), around:
+        leaves = [*self._leaves(), *(p for _, p in self._parameters())]
+        with everything_kept(self.model, others=leaves), torch.enable_grad(), torch.compiler.set_stance("force_eager"), around:
             try:
                 loss = _scalar(self.forward())
             except Exception as error:

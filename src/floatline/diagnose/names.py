@@ -42,7 +42,7 @@ class Names:
                 for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
                     if isinstance(value, torch.Tensor):
                         self._add(value, "optimizer", f"{key} of {name}")
-        self._variables = _variables(forward) if forward is not None else {}
+        self.variables = _variables(forward) if forward is not None else {}
 
     def _add(self, tensor: torch.Tensor, phase: str, name: str) -> None:
         if tensor.layout is torch.strided:
@@ -55,7 +55,7 @@ class Names:
         key = tensor.untyped_storage()._cdata
         if key in self._known:
             return self._known[key]
-        for name, variable in self._variables.items():
+        for name, variable in self.variables.items():
             if variable.layout is torch.strided and variable.untyped_storage()._cdata == key:
                 return "input", name
         return "input", ""

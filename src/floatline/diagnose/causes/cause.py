@@ -53,6 +53,8 @@ HALVES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _KEEPING_ZERO = frozenset({"sqrt", "mean", "sum", "mul", "div", "_to_copy", "expand", "pow", "linalg_vector_norm", "abs",
                            "neg", "rsub", "sub", "add", "clamp", "clamp_min", "clamp_max", "sigmoid"})  # fmt: skip
 """Ops through which an eps that was lost, or a bound that was rounded away, can be followed back."""
+_FAR = 5
+"""How many ops back they are followed."""
 
 
 def argument(origin: Origin, *names: str) -> Numbers | None:
@@ -108,7 +110,7 @@ def lost_gap(made: Made | None) -> tuple[float, Made] | None:
 def _before(made: Made | None) -> Iterator[Made]:
     """Yield the ops that lead to a tensor as far as a zero goes through them."""
     level = (made,) if made is not None else ()
-    while level:
+    for _ in range(_FAR):
         yield from level
         level = tuple(e for step in level if base(step.spot.op) in _KEEPING_ZERO for e in step.before)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from floatline.observe.finite.meant import MOVING
-from floatline.observe.finite.origins import MOST_BEFORE, Made, Spot
+from floatline.observe.finite.origins import Made, Spot
 from floatline.observe.finite.ran import Given, Ran
 from floatline.observe.real import tensors_in
 
@@ -37,7 +35,7 @@ class Makers:
             if made is not None:
                 self._write(floats, made)
                 return
-        before = tuple(_cut(made, MOST_BEFORE - 1) for made in self.of_all(ran.inputs).values())
+        before = tuple(self.of_all(ran.inputs).values())
         for tensor in floats:
             dtype = str(tensor.dtype).removeprefix("torch.")
             self._write([tensor], Made(spot=spot, scalars=ran.scalars, dtype=dtype, before=before))
@@ -45,10 +43,3 @@ class Makers:
     def _write(self, tensors: list[torch.Tensor], made: Made) -> None:
         for tensor in tensors:
             self._made[tensor.untyped_storage()._cdata] = made
-
-
-def _cut(made: Made, depth: int) -> Made:
-    """Return a maker without what lies more than `depth` ops before it."""
-    if not made.before:
-        return made
-    return replace(made, before=tuple(_cut(earlier, depth - 1) for earlier in made.before) if depth > 0 else ())

@@ -8,7 +8,7 @@ whatever was not finite on the way but reached nothing has no say.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -100,10 +100,6 @@ class Origin:
     custom: bool = False
 
 
-MOST_BEFORE = 3
-"""How many ops back a tensor's making is remembered."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Made:
     """The op that made a tensor.
@@ -112,20 +108,13 @@ class Made:
         spot: The op.
         scalars: Its arguments that are plain numbers.
         dtype: Of the result, as text.
-        before: The ops that had made its own inputs, as far back as `MOST_BEFORE`.
+        before: The ops that had made its own inputs.
     """
 
     spot: Spot
     scalars: dict[str, Any]
     dtype: str
     before: tuple[Made, ...] = ()
-
-    def chain(self) -> Iterator[Made]:
-        """Yield this op and those before it, the nearest first."""
-        level: tuple[Made, ...] = (self,)
-        while level:
-            yield from level
-            level = tuple(earlier for made in level for earlier in made.before)
 
 
 class Ledger:

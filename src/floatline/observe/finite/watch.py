@@ -40,6 +40,8 @@ from floatline.observe.finite.ran import Given, Ran, inputs_of
 
 MOST_ORIGINS = 256
 """Origins that are described in full; what comes later than that is never the first."""
+MOST_EXACT = 32
+"""Origins whose op is run again in fp64."""
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _NOWHERE = Spot(op="", module="", user=None, library=None)
 _KEEPING = frozenset({"_softmax", "_log_softmax", "_safe_softmax"})
@@ -205,7 +207,7 @@ class Watch(TorchDispatchMode):
             scalars=ran.scalars,
             inputs=_described([(g.label, g.before) for g in ran.inputs]) if full else (),
             outputs=_described([("result", tensor) for tensor in spoilt]) if full else (),
-            exact=ran.exact() if full and kind is Kind.FAULT else None,
+            exact=ran.exact() if len(self.origins) < MOST_EXACT and kind is Kind.FAULT else None,
             saved=blame.saved if blame and full else (),
             made_by=self._makers.of_all(ran.inputs),
             derivative=node is not None,
