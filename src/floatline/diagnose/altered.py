@@ -86,7 +86,20 @@ def _on_edge(name: str, values: torch.Tensor) -> torch.Tensor:
         return (values <= 0) | (values >= 1)
     if name in ("log1p", "xlog1py"):
         return values <= -1
-    if name in ("log", "log2", "log10", "sqrt", "rsqrt", "pow", "rpow", "float_power", "digamma", "lgamma", "xlogy", "entr"):
+    if name in (
+        "log",
+        "log2",
+        "log10",
+        "sqrt",
+        "rsqrt",
+        "pow",
+        "rpow",
+        "float_power",
+        "digamma",
+        "lgamma",
+        "xlogy",
+        "entr",
+    ):
         return values <= 0
     if "div" in name or name in ("norm", "vector_norm", "reciprocal", "atan2", "arctan2", "hypot", "fmod", "remainder",
                                  "abs", "sgn", "normalize", "addcdiv", "mod"):  # fmt: skip

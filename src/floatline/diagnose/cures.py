@@ -45,8 +45,8 @@ class _Remedy(NamedTuple):
     scale: float = 1.0
 
 
-def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) -> Counterfactual:
-    """Return what became of the step with the first remedy that cured it, or with the last that did not.
+def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) -> tuple[Counterfactual, ...]:
+    """Return what became of the step with each remedy, up to the first that cured it.
 
     Args:
         cause: Its cures are tried in order.
@@ -54,17 +54,14 @@ def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) ->
         model: The step's.
         replay: Runs the step again.
     """
-    results = []
+    results: list[Counterfactual] = []
     for kind in cause.cures:
         for remedy in _remedies(kind, origin, model):
             results.append(_tried(kind, remedy, replay))
             if results[-1].cured:
-                return results[-1]
-    failed = [result for result in results if result.cured is False]
-    if failed or results:
-        return (failed or results)[-1]
+                return tuple(results)
     why = cause.untried or "the op runs outside of the model's modules, and its line cannot be altered from here"
-    return Counterfactual(remedy=cause.remedy, cured=None, why=why)
+    return tuple(results) or (Counterfactual(remedy=cause.remedy, cured=None, why=why),)
 
 
 def _tried(kind: str, remedy: _Remedy, replay: Replay) -> Counterfactual:

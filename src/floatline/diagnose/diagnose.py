@@ -29,7 +29,7 @@ from floatline.diagnose.kept import everything_kept
 from floatline.diagnose.names import Names
 from floatline.diagnose.telling import bad_before, first_of, tell
 from floatline.errors import ConfigError
-from floatline.observe.finite import Kind, Origin, Watch, is_bad, watching
+from floatline.observe.finite import Kind, Origin, Watch, backward, is_bad, watching
 
 Forward = Callable[[], torch.Tensor]
 
@@ -136,7 +136,7 @@ class Diagnosis:
         if not loss.requires_grad:
             return None
         watch.enter("backward")
-        loss.backward()
+        backward(loss)
         spoilt = self._bad_gradients()
         return Damage("backward", _origins(watch, [g for _, g in spoilt]), spoilt[0][0]) if spoilt else None
 
@@ -158,9 +158,11 @@ class Diagnosis:
             group.update({key: False for key in ("foreach", "fused") if key in group})
         self.optimizer.step()
         self.names = Names(self.model, self.forward, self.optimizer)
-        states = [(f"{key} of {name}", value) for name, p in self._parameters()
-                  for key, value in self.optimizer.state.get(p, {}).items() if isinstance(value, torch.Tensor)]  # fmt: skip
-        spoilt = [(n, t) for n, t in [*self._parameters(), *states] if is_bad(t) and watch.ledger.of(t)]
+        changed = self._parameters()
+        for name, parameter in self._parameters():
+            state = self.optimizer.state.get(parameter, {})
+            changed += [(f"{key} of {name}", value) for key, value in state.items() if isinstance(value, torch.Tensor)]
+        spoilt = [(name, tensor) for name, tensor in changed if is_bad(tensor) and watch.ledger.of(tensor)]
         return Damage("optimizer", _origins(watch, [t for _, t in spoilt]), spoilt[0][0]) if spoilt else None
 
     def _parameters(self) -> list[tuple[str, torch.Tensor]]:
@@ -187,7 +189,12 @@ class Diagnosis:
             scale: What the loss is multiplied with before the backward.
         """
         leaves = [*self._leaves(), *(p for _, p in self._parameters())]
-        with everything_kept(self.model, others=leaves), torch.enable_grad(), torch.compiler.set_stance("force_eager"), around:
+        with (
+            everything_kept(self.model, others=leaves),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            around,
+        ):
             try:
                 loss = _scalar(self.forward())
             except Exception as error:
@@ -197,7 +204,7 @@ class Diagnosis:
             if is_bad(loss):
                 return f"the loss is {loss.item()}"
             if loss.requires_grad:
-                (loss * scale).backward()
+                backward(loss * scale)
             spoilt = self._bad_gradients()
             if spoilt:
                 return f"the loss is finite then, the gradient of {spoilt[0][0]} is not"
@@ -206,7 +213,7 @@ class Diagnosis:
 
 
 def _origins(watch: Watch, spoilt: list[torch.Tensor]) -> tuple[Origin, ...]:
-    """Return the origins of what is spoilt; all faults where it is not known (a layout that the ledger does not follow)."""
+    """Return the origins of what is spoilt; all faults where the ledger does not follow a layout."""
     found = {origin for tensor in spoilt for origin in watch.ledger.of(tensor)}
     return tuple(found) or tuple(o for o in watch.origins if o.phase == watch.phase and o.kind is Kind.FAULT)
 

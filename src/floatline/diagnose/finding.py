@@ -55,6 +55,8 @@ class Counterfactual:
     why: str = ""
 
     def __str__(self) -> str:
+        if not self.kind:
+            return f"nothing: {self.why}"
         said = {True: "cured", False: "did not cure it", None: "not tried"}[self.cured]
         return f"{self.remedy}: {said}" + (f" ({self.why})" if self.why else "")
 
@@ -73,7 +75,7 @@ class Finding:
         cause_name: The cause's name in the table, "overflow", "log of zero" ...
         evidence: The numbers.
         remedy: What to change, one sentence.
-        counterfactual: What became of the step with the remedy.
+        tried: What became of the step with each remedy that was tried, in that order.
         tensor: Of a bad input, parameter or buffer, its name; in the optimizer phase the parameter's.
         samples: Indices along dimension 0 of the bad input, or of the batch where the bad values lie.
     """
@@ -86,9 +88,15 @@ class Finding:
     cause_name: str
     evidence: Evidence
     remedy: str
-    counterfactual: Counterfactual | None = None
+    tried: tuple[Counterfactual, ...] = ()
     tensor: str = ""
     samples: tuple[int, ...] = ()
+
+    @property
+    def counterfactual(self) -> Counterfactual | None:
+        """What cured the replay, else the last that did not, else why none was tried; None if not asked for."""
+        order = {True: 2, False: 1, None: 0}
+        return max(reversed(self.tried), key=lambda tried: order[tried.cured], default=None)
 
     def __str__(self) -> str:
         where = f" of {self.module}" if self.module else ""
@@ -97,7 +105,7 @@ class Finding:
         lines += [f"  cause   {self.cause}"]
         lines += ["  " + line for line in str(self.evidence).splitlines()]
         lines += [f"  remedy  {self.remedy}"]
-        lines += [f"  tried   {self.counterfactual}"] if self.counterfactual else []
+        lines += [f"  tried   {tried}" for tried in self.tried]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a tensor that was there before the step is called: a parameter, a buffer, an argument of the model, a variable."""
+"""What a tensor that was there before the step is called: a parameter, a buffer, an argument of the model."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _variables(forward: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors that a function sees: its closure, the globals that it uses, its defaults, what it is bound to."""
+    """Return the tensors that a function sees: closure, the globals that it uses, defaults, what it is bound to."""
     found: dict[str, torch.Tensor] = {}
     for scope in _scopes(forward):
         for name, value in scope.items():

@@ -46,10 +46,12 @@ def tell(origin: Origin, phase: str, tensor: str, model: nn.Module, names: Names
     cause = cause_of(origin)
     if phase == "backward" and not origin.derivative and origin.phase == "forward" and gone_over(origin):
         phase = "forward"  # only the format was too small; that the loss is finite all the same is luck
-    tried = None
-    if replay is not None:
-        untried = Counterfactual(remedy=cause.remedy, cured=None, why=cause.untried or "an update is not run again")
-        tried = untried if phase == "optimizer" else try_cures(cause, origin, model, replay)
+    tried: tuple[Counterfactual, ...] = ()
+    if replay is not None and phase == "optimizer":
+        tried = (Counterfactual(remedy=cause.remedy, cured=None, why=cause.untried or "an update is not run again"),)
+    elif replay is not None:
+        tried = try_cures(cause, origin, model, replay)
+    line = cause.line or origin.spot.user
     module = tensor.rpartition(" ")[2].rpartition(".")[0] if phase == "optimizer" else origin.spot.module
     return Finding(
         phase=phase,
@@ -59,8 +61,8 @@ def tell(origin: Origin, phase: str, tensor: str, model: nn.Module, names: Names
         cause=cause.text,
         cause_name=cause.name,
         evidence=_evidence(origin),
-        remedy=cause.remedy,
-        counterfactual=tried,
+        remedy=(f"{line.file}:{line.line}: " if line else "") + cause.remedy,
+        tried=tried,
         tensor=tensor if phase == "optimizer" else "",
         samples=_samples(origin, names),
     )
@@ -90,7 +92,7 @@ def _given(origin: Origin, names: Names, replay: Replay | None) -> Finding:
         cause_name=_CAUSES[phase],
         evidence=Evidence(inputs=(replace(origin.inputs[0], name=name or origin.inputs[0].name),)),
         remedy=_REMEDIES[phase].format(name=called, rows=f"the samples {_listed(rows)} " if rows else ""),
-        counterfactual=_without(origin.tensor, rows, names, replay) if replay and phase == "input" else None,
+        tried=(_without(origin.tensor, rows, names, replay),) if replay and phase == "input" else (),
         tensor=name,
         samples=rows,
     )
@@ -98,7 +100,7 @@ def _given(origin: Origin, names: Names, replay: Replay | None) -> Finding:
 
 def _without(tensor: torch.Tensor, rows: tuple[int, ...], names: Names, replay: Replay) -> Counterfactual:
     if not rows or tensor.dim() < 1:
-        return Counterfactual(remedy="that input left out", cured=None, why="it is no batch of samples")
+        return Counterfactual(remedy="that input left out", cured=None, kind="sample", why="it is no batch of samples")
     remedy = f"the samples {_listed(rows)} replaced by a good one"
     batch = [other for other in names.batch.values() if other.dim() and other.shape[0] == tensor.shape[0]]
     known = {other.untyped_storage()._cdata for other in batch}

@@ -1,10 +1,11 @@
 """Rows of attention that are masked throughout, in every way that attention is computed."""
 
 import torch
-from corpus.cases import fault
-from corpus.domains import layer, rows
 from torch import nn
 from torch.nn import functional as F
+
+from corpus.cases import fault
+from corpus.domains import layer, rows
 
 OUT = float("-inf")
 KERNELS = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "_softmax",

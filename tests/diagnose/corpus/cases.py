@@ -35,7 +35,7 @@ class Fault:
     module: str
     tensor: str | None
     samples: tuple[int, ...] | None
-    cured: bool | None | str
+    cured: bool | str | None
 
     @property
     def name(self) -> str:

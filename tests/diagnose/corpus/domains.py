@@ -1,9 +1,10 @@
 """Functions outside of their domain in the forward: log, sqrt, pow, acos, divisions, empty means, overflow in fp32."""
 
 import torch
-from corpus.cases import fault
 from torch import nn
 from torch.nn import functional as F
+
+from corpus.cases import fault
 
 
 def layer(inputs=4, outputs=4):

@@ -1,10 +1,11 @@
 """User-written autograd Functions, complex numbers, sparse gradients, distributions, ops inside of library modules."""
 
 import torch
-from corpus.cases import fault
-from corpus.domains import layer, rows
 from torch import nn
 from torch.nn import functional as F
+
+from corpus.cases import fault
+from corpus.domains import layer, rows
 
 
 @fault("forward", "log", "log of zero")
@@ -103,8 +104,7 @@ def sparse_embedding_gradient():
             self.table = nn.Embedding(10, 4, sparse=True, padding_idx=0)
 
         def forward(self, ids):
-            length = self.table(ids).pow(2).sum(-1).sqrt()  # HERE
-            return length
+            return self.table(ids).pow(2).sum(-1).sqrt()  # HERE
 
     model = Net()
     with torch.no_grad():
@@ -146,7 +146,11 @@ def gate_with_no_open_expert():
     return lambda: model(x, open_).square().sum(), model
 
 
-@fault("forward", {"linalg_inv_ex", "linalg_lu_factor_ex", "_linalg_solve_ex", "_linalg_det", "linalg_inv", "div"}, "division by zero")
+@fault(
+    "forward",
+    {"linalg_inv_ex", "linalg_lu_factor_ex", "_linalg_solve_ex", "_linalg_det", "linalg_inv", "div"},
+    "division by zero",
+)
 def slope_of_a_line_through_equal_points():
     model, x = layer(4, 2), rows(1).expand(3, 4)
 

@@ -1,10 +1,11 @@
 """What was bad before the step began: inputs (which sample), parameters, buffers; uninitialised memory."""
 
 import torch
-from corpus.cases import fault
-from corpus.domains import layer, rows
 from torch import nn
 from torch.nn import functional as F
+
+from corpus.cases import fault
+from corpus.domains import layer, rows
 
 NAN, INF = float("nan"), float("inf")
 
@@ -104,7 +105,7 @@ def input_moved_and_normalised_outside_of_the_model():
 def batch_with_infinite_reward():
     model, x = layer(), rows()
     x[0, 0] = -INF
-    return lambda: (model(torch.ones(3, 4)).mean() + x.sum()), model  # HERE
+    return lambda: model(torch.ones(3, 4)).mean() + x.sum(), model  # HERE
 
 
 @fault("parameter", {"addmm", "t"}, "bad parameter", module="1", tensor="1.weight")

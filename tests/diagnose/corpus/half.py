@@ -1,10 +1,11 @@
 """What half precision does to a forward: overflow in fp16, an eps that is 0 in fp16, 1 - eps that is 1 in bf16."""
 
 import torch
-from corpus.cases import fault
-from corpus.domains import layer, rows
 from torch import nn
 from torch.nn import functional as F
+
+from corpus.cases import fault
+from corpus.domains import layer, rows
 
 
 def autocast(dtype):

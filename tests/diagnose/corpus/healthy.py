@@ -1,12 +1,13 @@
 """Programs in which infinities and NaN come and go as they should: nothing is to be found."""
 
 import torch
-from corpus.cases import healthy
-from corpus.domains import layer, rows
-from corpus.half import Block, autocast
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from corpus.cases import healthy
+from corpus.domains import layer, rows
+from corpus.half import Block, autocast
 
 OUT = float("-inf")
 

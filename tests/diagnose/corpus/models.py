@@ -1,10 +1,10 @@
 """Tiny models of transformers, with faults planted in them from outside."""
 
-
 import torch
+from torch import nn
+
 from corpus.cases import fault, healthy
 from corpus.half import autocast
-from torch import nn
 
 NAN = float("nan")
 COMMON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -13,7 +13,9 @@ COMMON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 def llama(attention="eager"):
     import transformers as tf
 
-    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, num_key_value_heads=1, attn_implementation=attention, **COMMON))
+    return tf.LlamaForCausalLM(
+        tf.LlamaConfig(vocab_size=64, num_key_value_heads=1, attn_implementation=attention, **COMMON)
+    )
 
 
 def qwen3(attention="sdpa"):
@@ -26,8 +28,9 @@ def qwen3(attention="sdpa"):
 def gpt2(attention="eager"):
     import transformers as tf
 
-    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0,
-                                            embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention))  # fmt: skip
+    config = tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0,
+                           embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention)  # fmt: skip
+    return tf.GPT2LMHeadModel(config)
 
 
 def bert(attention="eager"):
@@ -54,10 +57,11 @@ def t5():
 def qwen3_vl():
     import transformers as tf
 
-    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "head_dim": 16, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
-              "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+              "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
               "deepstack_visual_indexes": [0]}  # fmt: skip
     config = tf.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=60, video_token_id=61,
                               vision_start_token_id=62, vision_end_token_id=63)  # fmt: skip
@@ -204,7 +208,6 @@ def t5_overflows_fp16():
 def gpt2_in_pure_fp16_with_adam():
     model, batch = gpt2().half(), text()
     return lambda: model(**batch).loss, model, torch.optim.AdamW(model.parameters(), lr=1e-4)
-
 
 
 def padded(batch):

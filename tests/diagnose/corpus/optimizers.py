@@ -1,10 +1,10 @@
 """Loss and gradients are finite, the update is not."""
 
 import torch
-from corpus.cases import fault
-from corpus.domains import layer, rows
 from torch import nn
 
+from corpus.cases import fault
+from corpus.domains import layer, rows
 
 
 @fault("optimizer", {"addcdiv_", "div"}, "optimizer eps underflow", tensor="weight")

@@ -1,12 +1,13 @@
 """The same faults in programs of other shapes: checkpoints, compiled models, modules called twice, in-place ops."""
 
 import torch
-from corpus.cases import fault
-from corpus.domains import layer, rows
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
+
+from corpus.cases import fault
+from corpus.domains import layer, rows
 
 
 @fault("forward", "log", "log of zero", module="inner.gate")

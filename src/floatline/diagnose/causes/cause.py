@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from floatline.observe.finite import Made, Numbers, Origin
+from floatline.observe.finite import Made, Numbers, Origin, Place
 from floatline.observe.finite.meant import base
 
 
@@ -21,6 +21,7 @@ class Cause:
         remedy: What to change.
         cures: What can be tried on a replay, in the order in which to try; see cures.py.
         untried: Why nothing can be tried; "" where something can.
+        line: The line to change where that is another one than the op's: where an eps is added.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Cause:
     remedy: str
     cures: tuple[str, ...] = ()
     untried: str = ""
+    line: Place | None = None
 
 
 Rule = Callable[[Origin], Cause | None]
@@ -50,8 +52,9 @@ NORMS = frozenset({"linalg_vector_norm", "norm", "_weight_norm_interface", "cdis
                    "pairwise_distance"})  # fmt: skip
 SPREADS = frozenset({"var", "std", "var_mean", "std_mean"})
 HALVES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-_KEEPING_ZERO = frozenset({"sqrt", "mean", "sum", "mul", "div", "_to_copy", "expand", "pow", "linalg_vector_norm", "abs",
-                           "neg", "rsub", "sub", "add", "clamp", "clamp_min", "clamp_max", "sigmoid"})  # fmt: skip
+_KEEPING_ZERO = frozenset({"sqrt", "mean", "sum", "mul", "div", "_to_copy", "expand", "pow", "linalg_vector_norm",
+                           "abs", "neg", "rsub", "sub", "add", "clamp", "clamp_min", "clamp_max",
+                           "sigmoid"})  # fmt: skip
 """Ops through which an eps that was lost, or a bound that was rounded away, can be followed back."""
 _FAR = 5
 """How many ops back they are followed."""
@@ -109,7 +112,7 @@ def lost_gap(made: Made | None) -> tuple[float, Made] | None:
 
 def _before(made: Made | None) -> Iterator[Made]:
     """Yield the ops that lead to a tensor as far as a zero goes through them."""
-    level = (made,) if made is not None else ()
+    level: tuple[Made, ...] = (made,) if made is not None else ()
     for _ in range(_FAR):
         yield from level
         level = tuple(e for step in level if base(step.spot.op) in _KEEPING_ZERO for e in step.before)

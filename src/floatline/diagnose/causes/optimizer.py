@@ -28,8 +28,8 @@ def _eps(origin: Origin) -> Cause | None:
         return None
     return Cause(
         name="optimizer eps underflow",
-        text=f"{below.zeros} of the numbers that the update is divided by are 0: the optimizer's eps of {lost[0]:g} is 0 in "
-        f"{below.dtype}, and where the second moment is 0 the update is 0/0",
+        text=f"{below.zeros} of the numbers that the update is divided by are 0: the optimizer's eps of {lost[0]:g} "
+        f"is 0 in {below.dtype}, and where the second moment is 0 the update is 0/0",
         remedy=f"keep fp32 weights or master weights for the optimizer, or an eps that {below.dtype} can hold (1e-4)",
         untried="a larger eps is a choice of yours",
     )

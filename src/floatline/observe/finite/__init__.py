@@ -3,7 +3,8 @@
 from floatline.observe.finite.numbers import Numbers, bad_rows, has_nan, is_bad, numbers
 from floatline.observe.finite.origins import Kind, Made, Origin, Spot
 from floatline.observe.finite.places import Place
-from floatline.observe.finite.watch import Watch, plain_name, watching
+from floatline.observe.finite.watch import Watch
+from floatline.observe.finite.watching import backward, plain_name, watching
 
-__all__ = ["Kind", "Made", "Numbers", "Origin", "Place", "Spot", "Watch", "bad_rows", "has_nan", "is_bad", "numbers",
+__all__ = ["Kind", "Made", "Numbers", "Origin", "Place", "Spot", "Watch", "backward", "bad_rows", "has_nan", "is_bad", "numbers",
            "plain_name", "watching"]  # fmt: skip

@@ -1,8 +1,8 @@
 """Which infinities a program means, and which ops write without reading.
 
-A mask filled with -inf, the +inf that a minimum starts from, `log` of a mask of zeros and ones: none of them is a fault.
-They become one where an op makes NaN of them (softmax over a row that is masked everywhere, inf - inf), or where nothing
-else is left after a reduction and it reaches the loss.
+A mask filled with -inf, the +inf that a minimum starts from, `log` of a mask of zeros and ones: none of them is a
+fault. They become one where an op makes NaN of them (softmax over a row that is masked everywhere, inf - inf), or where
+nothing else is left after a reduction and it reaches the loss.
 
 `log` of zeros and ones that were computed is no mask: those are probabilities that have saturated.
 """
@@ -27,17 +27,18 @@ RAW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty
 OVERWRITING = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
                          "cauchy_", "log_normal_", "geometric_", "set_"})  # fmt: skip
 """In-place ops whose result does not depend on what was there before."""
-MOVING = frozenset({"clone", "contiguous", "cat", "stack", "index", "index_select", "gather", "detach", "copy_", "repeat",
-                    "roll", "flip", "select_scatter", "slice_scatter", "select_backward", "slice_backward", "embedding",
-                    "unfold_backward", "constant_pad_nd", "_reshape_alias", "_unsafe_view", "lift_fresh", "take",
-                    "masked_select", "tril", "triu", "unbind", "split_with_sizes_copy", "permute_copy"})  # fmt: skip
+MOVING = frozenset({"clone", "contiguous", "cat", "stack", "index", "index_select", "gather", "detach", "copy_",
+                    "repeat", "roll", "flip", "select_scatter", "slice_scatter", "select_backward", "slice_backward",
+                    "embedding", "unfold_backward", "constant_pad_nd", "_reshape_alias", "_unsafe_view", "lift_fresh",
+                    "take", "masked_select", "tril", "triu", "unbind", "split_with_sizes_copy",
+                    "permute_copy"})  # fmt: skip
 """Ops that move values and compute none."""
 LOGS = frozenset({"log", "log2", "log10", "log_", "log2_", "log10_"})
 
 
 _MASKING = frozenset({"_to_copy", "copy", "ones", "zeros", "ones_like", "zeros_like", "full", "full_like", "new_ones",
                       "new_zeros", "new_full", "tril", "triu", "scatter", "index_put", "index_fill", "fill", "zero",
-                      "masked_fill", "where", "eye", "one_hot", "diag", "tril_indices", "logical_not", "rsub"})  # fmt: skip
+                      "masked_fill", "where", "eye", "diag", "rsub"})  # fmt: skip
 """Ops that masks are made with, without the underscore of their in-place forms."""
 
 

@@ -90,7 +90,7 @@ def place_in_backward() -> Place | None:
 
 
 def place_of_optimizer(root: FrameType | None) -> Place | None:
-    """Return the innermost line inside of `root` that belongs to an optimizer: the user's, or else a library's or torch's."""
+    """Return the innermost line inside of `root` of an optimizer: the user's, or else a library's or torch's."""
     frame: FrameType | None = sys._getframe(1)
     found: FrameType | None = None
     while frame is not None and frame is not root:

@@ -18,15 +18,12 @@ Not covered: ops inside of compiled code and custom kernels are one op here; wha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
@@ -49,7 +46,7 @@ _KEEPING = frozenset({"_softmax", "_log_softmax", "_safe_softmax"})
 
 
 class Watch(TorchDispatchMode):
-    """The mode. Enter it by `watching`, and say by `enter` which phase of the step comes.
+    """The mode. Enter it by `watching` (watching.py), and say by `enter` which phase of the step comes.
 
     Attributes:
         phase: "forward", "backward" or "optimizer".
@@ -78,7 +75,7 @@ class Watch(TorchDispatchMode):
         return False
 
     def enter(self, phase: str) -> None:
-        """Begin a phase of the step. Call it from the function that runs the phase: lines outside of it are not the step's."""
+        """Begin a phase of the step. Call it from the function that runs it: lines outside are not the step's."""
         self.phase = phase
         self.modules[:] = [""]
         self._root = sys._getframe(1)
@@ -217,7 +214,7 @@ class Watch(TorchDispatchMode):
         return origin
 
     def _given_origin(self, given: Given, name: str) -> Origin:
-        """Return the origin of a tensor that no op under watch made bad: it was there before, or is unwritten memory."""
+        """Return the origin of a tensor that no op under watch made bad: it was there before, or is unwritten."""
         tensor = given.tensor
         key = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
         if key not in self._given:
@@ -244,48 +241,3 @@ def _faults(origins: frozenset[Origin]) -> bool:
 
 def _described(tensors: list[tuple[str, torch.Tensor]]) -> tuple[Numbers, ...]:
     return tuple(numbers(tensor, label) for label, tensor in tensors if not tensor.is_meta)
-
-
-class _Calls(TorchFunctionMode):
-    """Tells the watch which function of torch's Python interface runs, so that a remedy can meet it again."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.watch.function = getattr(func, "__name__", "")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def watching(model: nn.Module | None = None) -> Iterator[Watch]:
-    """Watch all ops inside, with the names of `model`'s modules.
-
-    What is compiled runs eager. The backward runs in this thread on CUDA as well, so that its nodes have one count.
-    """
-    watch = Watch()
-    names = {id(module): plain_name(name) for name, module in (model.named_modules() if model is not None else ())}
-
-    def enter(module: nn.Module, args: Any) -> None:
-        watch.modules.append(names.get(id(module), watch.modules[-1]))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if len(watch.modules) > 1:
-            watch.modules.pop()
-
-    with ExitStack() as stack:
-        for hook in (
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave, always_call=True),
-        ):
-            stack.callback(hook.remove)
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(watch)
-        stack.enter_context(_Calls(watch))
-        yield watch
-
-
-def plain_name(name: str) -> str:
-    """Return a module's or tensor's name without what wrappers put into it (torch.compile, checkpointing)."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
