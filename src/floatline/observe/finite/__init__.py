@@ -6,5 +6,19 @@ from floatline.observe.finite.places import Place
 from floatline.observe.finite.watch import Watch
 from floatline.observe.finite.watching import backward, plain_name, watching
 
-__all__ = ["Kind", "Made", "Numbers", "Origin", "Place", "Spot", "Watch", "backward", "bad_rows", "has_nan", "is_bad", "numbers",
-           "plain_name", "watching"]  # fmt: skip
+__all__ = [
+    "Kind",
+    "Made",
+    "Numbers",
+    "Origin",
+    "Place",
+    "Spot",
+    "Watch",
+    "backward",
+    "bad_rows",
+    "has_nan",
+    "is_bad",
+    "numbers",
+    "plain_name",
+    "watching",
+]

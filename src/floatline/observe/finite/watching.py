@@ -42,11 +42,9 @@ def watching(model: nn.Module | None = None) -> Iterator[Watch]:
             watch.modules.pop()
 
     with ExitStack() as stack:
-        for hook in (
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave, always_call=True),
-        ):
-            stack.callback(hook.remove)
+        for module in model.modules() if model is not None else ():
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(watch)
