@@ -30,6 +30,7 @@ from floatline.diagnose.names import Names
 from floatline.diagnose.telling import bad_before, first_of, tell
 from floatline.errors import ConfigError
 from floatline.observe.finite import Kind, Origin, Watch, backward, is_bad, watching
+from floatline.observe.real import tensors_in
 
 Forward = Callable[[], torch.Tensor]
 
@@ -122,11 +123,11 @@ class Diagnosis:
         try:
             loss = self.forward()
         except Exception as error:
-            known = tuple(o for o in watch.origins if o.kind in (Kind.FAULT, Kind.GIVEN, Kind.RAW))
-            if known:  # something refused the values: what made them is the answer
-                self._raised = type(error).__name__
-                return Damage("forward", known)
-            raise
+            refused = _refused(watch, error)
+            if not refused:
+                raise
+            self._raised = type(error).__name__
+            return Damage("forward", refused)
         loss = _scalar(loss)
         if is_bad(loss):
             return Damage("forward", _origins(watch, [loss]))
@@ -163,7 +164,11 @@ class Diagnosis:
             state = self.optimizer.state.get(parameter, {})
             changed += [(f"{key} of {name}", value) for key, value in state.items() if isinstance(value, torch.Tensor)]
         spoilt = [(name, tensor) for name, tensor in changed if is_bad(tensor) and watch.ledger.of(tensor)]
-        return Damage("optimizer", _origins(watch, [t for _, t in spoilt]), spoilt[0][0]) if spoilt else None
+        if not spoilt:
+            return None
+        origins = _origins(watch, [tensor for _, tensor in spoilt])
+        first = first_of(origins)
+        return Damage("optimizer", origins, next((n for n, t in spoilt if first in watch.ledger.of(t)), spoilt[0][0]))
 
     def _parameters(self) -> list[tuple[str, torch.Tensor]]:
         found: dict[int, tuple[str, torch.Tensor]] = {id(p): (n, p) for n, p in self.model.named_parameters()}
@@ -216,6 +221,23 @@ def _origins(watch: Watch, spoilt: list[torch.Tensor]) -> tuple[Origin, ...]:
     """Return the origins of what is spoilt; all faults where the ledger does not follow a layout."""
     found = {origin for tensor in spoilt for origin in watch.ledger.of(tensor)}
     return tuple(found) or tuple(o for o in watch.origins if o.phase == watch.phase and o.kind is Kind.FAULT)
+
+
+def _refused(watch: Watch, error: Exception) -> tuple[Origin, ...]:
+    """Return the origins of what a program had at hand where it stopped with an error; () where all of it was finite.
+
+    A check of the user's, `multinomial` and distributions refuse NaN. Other errors have nothing to do with values.
+    """
+    trace, frames = error.__traceback__, []
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    for frame in reversed(frames):
+        bad = [tensor for tensor in tensors_in(list(frame.f_locals.values())) if is_bad(tensor)]
+        found = {origin for tensor in bad for origin in watch.ledger.of(tensor) if origin.kind is not Kind.MEANT}
+        if found:
+            return tuple(found)
+    return ()
 
 
 def _scalar(loss: Any) -> torch.Tensor:

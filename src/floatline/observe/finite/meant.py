@@ -19,7 +19,7 @@ from floatline.observe.finite.numbers import dense, has_nan
 from floatline.observe.finite.origins import Made
 
 if TYPE_CHECKING:
-    from floatline.observe.finite.ran import Ran
+    from floatline.observe.finite.ran import Given, Ran
 
 RAW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_",
                  "_efficientzerotensor", "set_"})  # fmt: skip
@@ -40,6 +40,9 @@ _MASKING = frozenset({"_to_copy", "copy", "ones", "zeros", "ones_like", "zeros_l
                       "new_zeros", "new_full", "tril", "triu", "scatter", "index_put", "index_fill", "fill", "zero",
                       "masked_fill", "where", "eye", "diag", "rsub"})  # fmt: skip
 """Ops that masks are made with, without the underscore of their in-place forms."""
+
+
+_WRITING = frozenset({"copy", "fill", "index_put", "masked_fill"})
 
 
 def base(op: str) -> str:
@@ -79,13 +82,25 @@ def _is_indicator(tensor: torch.Tensor, made: Made | None) -> bool:
     return bool(values.numel()) and bool(((values == 0) | (values == 1)).all())
 
 
+def is_constant(given: Given, op: str, variable: str) -> bool:
+    """Say whether a tensor is a NaN that stands as a number in the program: torch makes a tensor of `h[0] = nan`.
+
+    Args:
+        given: The tensor.
+        op: The op that met it.
+        variable: What the program calls it, "" where it has no name.
+    """
+    return base(op) in _WRITING and given.tensor.dim() == 0 and not variable and has_nan(given.before)
+
+
 def is_mask(tensor: torch.Tensor) -> bool:
     """Say whether a tensor that was there before is a mask or a constant that is infinite on purpose.
 
     One number; or -inf beside zeros (what is added to scores); or infinite everywhere (what a minimum starts from).
+    What is trained is none of these.
     """
     values = dense(tensor)
-    if has_nan(values):
+    if has_nan(values) or tensor.requires_grad:
         return False
     finite = torch.isfinite(values)
     if tensor.dim() == 0 or not bool(finite.any()):

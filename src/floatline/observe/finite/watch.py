@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
 from floatline.observe.finite.inherit import leaves_nothing_else, makes_nan, seen, spoils_more
 from floatline.observe.finite.makers import Makers
-from floatline.observe.finite.meant import LOGS, MOVING, RAW, is_mask, is_meant
+from floatline.observe.finite.meant import LOGS, MOVING, RAW, is_constant, is_mask, is_meant
 from floatline.observe.finite.numbers import Numbers, is_bad, numbers
 from floatline.observe.finite.origins import Kind, Ledger, Origin, Spot
 from floatline.observe.finite.places import place_of_optimizer, places, variable_of
@@ -220,7 +220,9 @@ class Watch(TorchDispatchMode):
         if key not in self._given:
             made = self._makers.of(tensor)
             raw = made is not None and made.spot.op in RAW
-            kind = Kind.RAW if raw else Kind.MEANT if is_mask(given.before) else Kind.GIVEN
+            variable = variable_of(tensor)
+            constant = is_constant(given, name, variable)
+            kind = Kind.RAW if raw else Kind.FAULT if constant else Kind.MEANT if is_mask(given.before) else Kind.GIVEN
             self._given[key] = Origin(
                 number=self._number,
                 kind=kind,
@@ -229,7 +231,8 @@ class Watch(TorchDispatchMode):
                 ran=made.spot.op if made is not None and raw else name,
                 inputs=(numbers(given.before, given.label),),
                 tensor=tensor.detach(),
-                variable=variable_of(tensor) if kind is Kind.GIVEN else "",
+                variable=variable,
+                scalars={given.label: float("nan")} if constant else {},
             )
             self.origins.append(self._given[key])
         return self._given[key]
