@@ -32,7 +32,7 @@ class Evidence:
         lines = [f"in   {item}" for item in self.inputs]
         lines += [f"kept {item}" for item in self.saved]
         lines += [f"out  {item}" for item in self.outputs]
-        lines += [f"fp64 {item}" for item in self.exact]
+        lines += [f"fp64 {item}" for item in self.exact if not item.bad]
         return "\n".join([*lines, *self.notes])
 
 
@@ -102,6 +102,7 @@ class Finding:
         where = f" of {self.module}" if self.module else ""
         lines = [f"{self.phase}: {self.op}{where}" + (f", {self.tensor}" if self.tensor else "")]
         lines += [f"  at      {self.location}"] if self.location else []
+        lines += [f"  samples {', '.join(map(str, self.samples[:8]))}"] if self.samples else []
         lines += [f"  cause   {self.cause}"]
         lines += ["  " + line for line in str(self.evidence).splitlines()]
         lines += [f"  remedy  {self.remedy}"]

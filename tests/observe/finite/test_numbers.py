@@ -65,7 +65,7 @@ def test_every_kind_of_tensor_can_be_asked(tensor, bad):
 def test_text_and_headroom():
     tensor = torch.tensor([[1.0, 16376.0], [float("nan"), 0.0]], dtype=torch.float16)
     said = numbers(tensor, "scores")
-    assert str(said) == "scores float16[2x2] in [0, 1.638e+04], 1 NaN at [1, 0]"
+    assert str(said) == "scores float16[2x2] in [0, 1.638e+04], 1 zeros, 1 NaN at [1, 0]"
     assert said.headroom_bits == pytest.approx(2.0)
     assert said.largest == 16376 and said.zeros == 1 and said.rows == (1,)
     assert str(numbers(torch.tensor(float("inf")), "loss")) == "loss float32[scalar], 1 +inf"

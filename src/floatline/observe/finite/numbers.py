@@ -92,6 +92,7 @@ class Numbers:
         span = "" if self.low is None else f" in [{self.low:.4g}, {self.high:.4g}]"
         counts = [f"{count} {name}" for name, count in
                   (("NaN", self.nan), ("+inf", self.positive), ("-inf", self.negative)) if count]  # fmt: skip
+        span += f", {self.zeros} zeros" if self.zeros and span and "float" in self.dtype else ""
         at = f" at {', '.join(map(_index, self.indices))}" if self.indices else ""
         return f"{self.name} {self.dtype}[{size}]{span}" + (f", {' and '.join(counts)}{at}" if counts else "")
 
