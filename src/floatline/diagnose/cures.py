@@ -28,7 +28,7 @@ from floatline.observe.finite import Origin, bad_rows
 from floatline.patch import ForwardPatch
 from floatline.precision.islands import make_island
 
-LOWER_SCALE = 2.0**-8
+LOWER_SCALES = (2.0**-8, 2.0**-16)
 """What the loss is multiplied with to try a lower loss scale."""
 
 
@@ -87,7 +87,8 @@ def _remedies(kind: str, origin: Origin, model: nn.Module) -> Iterator[_Remedy]:
     elif kind == "attention":
         yield _Remedy("the math attention kernel", sdpa_kernel(SDPBackend.MATH))
     elif kind == "scale":
-        yield _Remedy(f"loss scaled by {LOWER_SCALE:g}", nullcontext(), scale=LOWER_SCALE)
+        for scale in LOWER_SCALES:
+            yield _Remedy(f"the loss scaled down by {1 / scale:g}", nullcontext(), scale=scale)
     elif kind == "row":
         yield _Remedy("scores of fully masked rows set to 0 before the softmax", RowsUnmasked())
     elif kind == "edge" and spot.line is not None:

@@ -16,6 +16,7 @@ told, even if only the other one's rows go on.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from floatline.diagnose.finding import Finding
 from floatline.diagnose.kept import everything_kept
@@ -54,7 +56,7 @@ def diagnose(
         The finding; None where loss, gradients, weights and buffers are finite.
 
     Raises:
-        ConfigError: `forward` is not callable or returns no scalar tensor, or `model` is no module.
+        ConfigError: `forward` is not callable or returns no scalar tensor, or `model` is no module or a lazy one.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -66,6 +68,9 @@ def diagnose(
         raise ConfigError(f"forward is a {type(forward).__name__}", hint="pass a function: lambda: loss(model(x), y)")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}", hint="pass the torch.nn.Module that forward runs")
+    unmade = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if unmade:
+        raise ConfigError(f"{unmade[0]} has no values yet", hint="run the model once on a batch, then diagnose it")
     return Diagnosis(forward, model, optimizer).run(cures)
 
 
@@ -115,7 +120,12 @@ class Diagnosis:
     # Under watch
 
     def _watched(self) -> Damage | None:
-        with torch.enable_grad(), watching(self.model) as watch, self.names.of_arguments(self.model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            watching(self.model) as watch,
+            self.names.of_arguments(self.model),
+        ):
             return self._step(watch)
 
     def _step(self, watch: Watch) -> Damage | None:
@@ -157,7 +167,7 @@ class Diagnosis:
         watch.enter("optimizer")
         for group in self.optimizer.param_groups:
             group.update({key: False for key in ("foreach", "fused") if key in group})
-        self.optimizer.step()
+        self._step_of(self.optimizer)
         self.names = Names(self.model, self.forward, self.optimizer)
         changed = self._parameters()
         for name, parameter in self._parameters():
@@ -169,6 +179,21 @@ class Diagnosis:
         origins = _origins(watch, [tensor for _, tensor in spoilt])
         first = first_of(origins)
         return Damage("optimizer", origins, next((n for n, t in spoilt if first in watch.ledger.of(t)), spoilt[0][0]))
+
+    def _step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Run an update; one that wants to compute the loss itself (LBFGS) may."""
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = _scalar(self.forward())
+            backward(loss)
+            return loss
+
+        wants = inspect.signature(optimizer.step).parameters.get("closure")
+        if wants is not None and wants.default is wants.empty:
+            optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            optimizer.step()
 
     def _parameters(self) -> list[tuple[str, torch.Tensor]]:
         found: dict[int, tuple[str, torch.Tensor]] = {id(p): (n, p) for n, p in self.model.named_parameters()}
@@ -196,6 +221,7 @@ class Diagnosis:
         leaves = [*self._leaves(), *(p for _, p in self._parameters())]
         with (
             everything_kept(self.model, others=leaves),
+            torch.inference_mode(False),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             around,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from floatline.observe.finite import plain_name
+from floatline.observe.finite import plain_name, storage_of
 
 
 class Names:
@@ -45,20 +45,18 @@ class Names:
         self.variables = _variables(forward) if forward is not None else {}
 
     def _add(self, tensor: torch.Tensor, phase: str, name: str) -> None:
-        if tensor.layout is torch.strided:
-            self._known.setdefault(tensor.untyped_storage()._cdata, (phase, name))
+        key = storage_of(tensor)
+        if key is not None:
+            self._known.setdefault(key, (phase, name))
 
     def of(self, tensor: torch.Tensor) -> tuple[str, str]:
         """Return ("parameter" | "buffer" | "optimizer" | "input", name); the name is "" where nobody names it."""
-        if tensor.layout is not torch.strided:
+        key = storage_of(tensor)
+        if key is None:
             return "input", ""
-        key = tensor.untyped_storage()._cdata
         if key in self._known:
             return self._known[key]
-        for name, variable in self.variables.items():
-            if variable.layout is torch.strided and variable.untyped_storage()._cdata == key:
-                return "input", name
-        return "input", ""
+        return "input", next((name for name, other in self.variables.items() if storage_of(other) == key), "")
 
     @contextmanager
     def of_arguments(self, model: nn.Module) -> Iterator[None]:

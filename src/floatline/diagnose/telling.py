@@ -13,7 +13,7 @@ from floatline.diagnose.causes import cause_of, gone_over, limit_of
 from floatline.diagnose.cures import Replay, samples_replaced, try_cures
 from floatline.diagnose.finding import Counterfactual, Evidence, Finding
 from floatline.diagnose.names import Names
-from floatline.observe.finite import Kind, Numbers, Origin, bad_rows, has_nan, is_bad, numbers, plain_name
+from floatline.observe.finite import Kind, Numbers, Origin, bad_rows, has_nan, is_bad, numbers, plain_name, storage_of
 
 _REMEDIES = {
     "input": "leave out or mend {rows}of {name}; look at how it was made",
@@ -103,8 +103,7 @@ def _without(tensor: torch.Tensor, rows: tuple[int, ...], names: Names, replay: 
         return Counterfactual(remedy="that input left out", cured=None, kind="sample", why="it is no batch of samples")
     remedy = f"the samples {_listed(rows)} replaced by a good one"
     batch = [other for other in names.batch.values() if other.dim() and other.shape[0] == tensor.shape[0]]
-    known = {other.untyped_storage()._cdata for other in batch}
-    batch += [tensor] if tensor.untyped_storage()._cdata not in known else []
+    batch += [tensor] if storage_of(tensor) not in map(storage_of, batch) else []
     try:
         with samples_replaced(batch, rows) as possible:
             if not possible:

@@ -122,6 +122,13 @@ def _infinities(origin: Origin) -> Cause | None:
 def _taken(origin: Origin) -> Cause | None:
     if origin.kind not in (Kind.TAKEN, Kind.MEANT):
         return None
+    if any(abs(value) == float("inf") for value in origin.scalars.values() if isinstance(value, float)):
+        return Cause(
+            name="infinite constant",
+            text=f"{origin.ran} was given an infinity as a number, and it reaches the loss",
+            remedy="look where that number comes from; of a mask, select what is not masked before it is used",
+            untried="what it should be is not known",
+        )
     return Cause(
         name="masked value used",
         text=f"{origin.ran} takes in the infinities of a mask, and they reach the loss",

@@ -1,6 +1,6 @@
 """Find the first op of a step that made a value that is not finite; see watch.py."""
 
-from floatline.observe.finite.numbers import Numbers, bad_rows, has_nan, is_bad, numbers
+from floatline.observe.finite.numbers import Numbers, bad_rows, has_nan, is_bad, numbers, storage_of
 from floatline.observe.finite.origins import Kind, Made, Origin, Spot
 from floatline.observe.finite.places import Place
 from floatline.observe.finite.watch import Watch
@@ -20,5 +20,6 @@ __all__ = [
     "is_bad",
     "numbers",
     "plain_name",
+    "storage_of",
     "watching",
 ]

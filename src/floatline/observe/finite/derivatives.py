@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from floatline.observe.finite.numbers import Numbers, numbers
+from floatline.observe.finite.numbers import Numbers, numbers, storage_of
 from floatline.observe.finite.origins import Spot
 from floatline.observe.finite.places import place_in_backward
 
@@ -51,6 +51,11 @@ class Nodes:
         """Note the op that a node is the derivative of."""
         self._spots[number] = spot
 
+    def spot(self, node: Any, ran: str) -> Spot:
+        """Return the forward op of a node; of one that nobody noted, the op that was noted before it."""
+        number = node._sequence_nr()
+        return self._spots.get(number) or self._before(number) or Spot(op=ran, module="", user=None, library=None)
+
     def blame(self, node: Any, ran: str) -> Blame:
         """Return what a fault in a node's derivative is to be blamed on.
 
@@ -58,9 +63,7 @@ class Nodes:
             node: The autograd node that runs.
             ran: The op that runs in it.
         """
-        number = node._sequence_nr()
-        spot = self._spots.get(number) or self._before(number) or Spot(op=ran, module="", user=None, library=None)
-        saved = _saved(node)
+        spot, saved = self.spot(node, ran), _saved(node)
         if not is_custom(node):
             return Blame(spot, False, saved)
         name = type(node).__name__.removesuffix("Backward")
@@ -92,7 +95,7 @@ def _saved(node: Any) -> tuple[Numbers, ...]:
     found = [(name.removeprefix("_saved_"), _get(node, name)) for name in names]
     if not names and isinstance(node, torch.autograd.function.BackwardCFunction):
         found += [(f"saved[{place}]", tensor) for place, tensor in enumerate(_get(node, "saved_tensors") or ())]
-    return tuple(numbers(value, name) for name, value in found if isinstance(value, torch.Tensor))
+    return tuple(numbers(t, name) for name, t in found if isinstance(t, torch.Tensor) and storage_of(t) is not None)
 
 
 def _get(node: Any, name: str) -> Any:

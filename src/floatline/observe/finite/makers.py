@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from floatline.observe.finite.meant import MOVING
+from floatline.observe.finite.numbers import storage_of
 from floatline.observe.finite.origins import Made, Spot
 from floatline.observe.finite.ran import Given, Ran
 from floatline.observe.real import tensors_in
@@ -18,7 +19,8 @@ class Makers:
 
     def of(self, tensor: torch.Tensor) -> Made | None:
         """Return the op that wrote a tensor last, None where it was there before."""
-        return self._made.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+        key = storage_of(tensor)
+        return self._made.get(key) if key is not None else None
 
     def of_all(self, inputs: list[Given]) -> dict[str, Made]:
         """Return the ops that wrote an op's inputs, by the inputs' names."""
@@ -42,4 +44,6 @@ class Makers:
 
     def _write(self, tensors: list[torch.Tensor], made: Made) -> None:
         for tensor in tensors:
-            self._made[tensor.untyped_storage()._cdata] = made
+            key = storage_of(tensor)
+            if key is not None:
+                self._made[key] = made

@@ -11,9 +11,21 @@ MOST_INDICES = 8
 MOST_ROWS = 64
 
 
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Return what tells one tensor's memory from another's; None where it has none that can be asked for.
+
+    That is so for sparse tensors, and for the stand-ins that `torch.func` calls functions with.
+    """
+    if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return tensor.untyped_storage()._cdata
+
+
 def is_bad(tensor: torch.Tensor) -> bool:
     """Say whether a tensor of floats or complex numbers holds a NaN or an infinity."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     values = dense(tensor)
     if not values.numel():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from floatline.observe.finite.numbers import Numbers
+from floatline.observe.finite.numbers import Numbers, storage_of
 from floatline.observe.finite.places import Place
 
 
@@ -125,12 +125,12 @@ class Ledger:
 
     def of(self, tensor: torch.Tensor) -> frozenset[Origin]:
         """Return the origins of what a tensor's storage holds."""
-        key = _key(tensor)
+        key = storage_of(tensor)
         return self._of.get(key, frozenset()) if key is not None else frozenset()
 
     def add(self, tensor: torch.Tensor, origins: Iterable[Origin]) -> None:
         """Note origins of a tensor's storage, besides those that it has unless the tensor is all of it."""
-        key = _key(tensor)
+        key = storage_of(tensor)
         if key is None:
             return
         if key not in self._of:
@@ -140,13 +140,9 @@ class Ledger:
 
     def clear(self, tensor: torch.Tensor) -> None:
         """Note that a tensor is finite; what of its storage it does not cover may be otherwise."""
-        key = _key(tensor)
+        key = storage_of(tensor)
         if key in self._of and _covers(tensor):
             self._of[key] = frozenset()
-
-
-def _key(tensor: torch.Tensor) -> int | None:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _covers(tensor: torch.Tensor) -> bool:

@@ -18,6 +18,8 @@ from types import FrameType
 
 import torch
 
+from floatline.observe.finite.numbers import storage_of
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
 _INSTALLED = tuple({os.path.realpath(sysconfig.get_paths()[name]) + os.sep
@@ -122,7 +124,7 @@ def variable_of(tensor: torch.Tensor) -> str:
                 if not name.isidentifier():  # made by a rewriter of code, as pytest is one
                     continue
                 for path, other in _tensors_of(name, value):
-                    if other.layout is torch.strided and _same(other, tensor):
+                    if storage_of(other) is not None and storage_of(other) == storage_of(tensor):
                         return path
         frame = frame.f_back
     return ""
@@ -136,10 +138,6 @@ def _tensors_of(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{name}[{key!r}]", item) for key, item in value.items() if isinstance(item, torch.Tensor))
     elif isinstance(value, (list, tuple)):
         yield from ((f"{name}[{i}]", item) for i, item in enumerate(value) if isinstance(item, torch.Tensor))
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _place(frame: FrameType | None) -> Place | None:

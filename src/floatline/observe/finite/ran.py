@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from floatline.observe.finite.meant import OVERWRITING
-from floatline.observe.finite.numbers import Numbers, numbers
+from floatline.observe.finite.numbers import Numbers, numbers, storage_of
 from floatline.observe.real import tensors_in
 
 _STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
@@ -29,6 +30,25 @@ class Given(NamedTuple):
     label: str
     before: torch.Tensor
     tensor: torch.Tensor
+
+
+class Opaque:
+    """A higher-order operator (cond, flex_attention) in the clothes of an op: it has no schema, and takes functions.
+
+    Args:
+        func: The operator.
+    """
+
+    is_view = False
+    tags = (torch.Tag.nondeterministic_seeded,)  # not to be run again
+
+    def __init__(self, func: Any) -> None:
+        self._func = func
+        self._schema = SimpleNamespace(name=func.name(), arguments=(), is_mutable=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self._func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,8 @@ def _is_plain(value: Any) -> bool:
 
 def inputs_of(func: Any, name: str, args: Any, kwargs: Any) -> list[Given]:
     """Return the tensors that an op reads, with the names of its schema; those that it writes over are copied."""
+    if isinstance(func, Opaque):
+        return [Given(f"args[{place}]", tensor, tensor) for place, tensor in enumerate(tensors_in([args, kwargs]))]
     named = _named(func, args, kwargs, first=name not in OVERWRITING)
     if not func._schema.is_mutable and name not in _STATISTICS:
         return [Given(label, tensor, tensor) for label, tensor in named]
@@ -130,5 +152,5 @@ def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the tensors without those that are the same memory: an in-place op returns what it wrote."""
     if len(tensors) < 2:
         return tensors
-    return list({(t.untyped_storage()._cdata, t.storage_offset()) if t.layout is torch.strided else id(t): t
+    return list({(key, t.storage_offset()) if (key := storage_of(t)) is not None else id(t): t
                  for t in tensors}.values())  # fmt: skip

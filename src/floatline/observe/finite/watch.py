@@ -30,10 +30,10 @@ from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
 from floatline.observe.finite.inherit import leaves_nothing_else, makes_nan, seen, spoils_more
 from floatline.observe.finite.makers import Makers
 from floatline.observe.finite.meant import LOGS, MOVING, RAW, is_constant, is_mask, is_meant
-from floatline.observe.finite.numbers import Numbers, is_bad, numbers
+from floatline.observe.finite.numbers import Numbers, is_bad, numbers, storage_of
 from floatline.observe.finite.origins import Kind, Ledger, Origin, Spot
 from floatline.observe.finite.places import place_of_optimizer, places, variable_of
-from floatline.observe.finite.ran import Given, Ran, inputs_of
+from floatline.observe.finite.ran import Given, Opaque, Ran, inputs_of
 
 MOST_ORIGINS = 256
 """Origins that are described in full; what comes later than that is never the first."""
@@ -55,6 +55,8 @@ class Watch(TorchDispatchMode):
         modules: Names of the modules whose forward runs, the innermost last.
         function: Name of the function of torch's Python interface that runs.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +87,8 @@ class Watch(TorchDispatchMode):
         if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
         self._number += 1
+        if not isinstance(func, torch._ops.OpOverload):
+            func = Opaque(func)  # cond, flex_attention: one op here
         name = func._schema.name.split("::")[-1]
         self._tie(name)
         if func.is_view:
@@ -104,7 +108,7 @@ class Watch(TorchDispatchMode):
             return
         node = derivative_that_runs()
         # A derivative that can be derived again: its nodes belong to where the first forward op was.
-        spot = replace(self._nodes.blame(node, name).spot, op=name) if node is not None else self._spot(name)
+        spot = replace(self._nodes.spot(node, name), op=name) if node is not None else self._spot(name)
         self._nodes.note(number, spot)
 
     def _spot(self, name: str) -> Spot:
@@ -181,7 +185,7 @@ class Watch(TorchDispatchMode):
         """
         if any(origin.derivative for origin in origins):
             return False
-        spot = self._nodes.blame(node, "").spot
+        spot = self._nodes.spot(node, "")
         return not any(o.kind in (Kind.GIVEN, Kind.RAW) or (o.kind is Kind.FAULT and o.spot != spot) for o in origins)
 
     def _kind(self, ran: Ran, spoilt: list[torch.Tensor]) -> Kind:
@@ -216,7 +220,7 @@ class Watch(TorchDispatchMode):
     def _given_origin(self, given: Given, name: str) -> Origin:
         """Return the origin of a tensor that no op under watch made bad: it was there before, or is unwritten."""
         tensor = given.tensor
-        key = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+        key = storage_of(tensor) or id(tensor)
         if key not in self._given:
             made = self._makers.of(tensor)
             raw = made is not None and made.spot.op in RAW
