@@ -56,6 +56,7 @@ def test_large_finite_values_are_not_bad_although_their_sum_overflows():
         (torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2), True),
         (torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn), False),
         (torch.empty(3, device="meta"), False),
+        (torch._efficientzerotensor(3), False),
     ],
 )
 def test_every_kind_of_tensor_can_be_asked(tensor, bad):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from floatline.observe.finite.ran import Given, Ran
 
 RAW = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_",
-                 "_efficientzerotensor", "set_"})  # fmt: skip
+                 "set_"})  # fmt: skip
 """Ops that hand out memory without writing it."""
 OVERWRITING = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
                          "cauchy_", "log_normal_", "geometric_", "set_"})  # fmt: skip

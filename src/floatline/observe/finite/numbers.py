@@ -25,7 +25,7 @@ def is_bad(tensor: torch.Tensor) -> bool:
     """Say whether a tensor of floats or complex numbers holds a NaN or an infinity."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     values = dense(tensor)
     if not values.numel():
@@ -45,6 +45,8 @@ def has_nan(tensor: torch.Tensor) -> bool:
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Return what a tensor stores as one that can be asked: sparse ones give their values, fp8 ones are widened."""
     tensor = tensor.detach()
+    if tensor._is_zerotensor():  # autograd's zeros that have no memory
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor

@@ -86,6 +86,10 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # shards and low-bit state come back as ops on the tensors that they are made of
+        with torch._C.DisableTorchFunction():  # what is done here is no call of the program's
+            return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._number += 1
         if not isinstance(func, torch._ops.OpOverload):
             func = Opaque(func)  # cond, flex_attention: one op here
