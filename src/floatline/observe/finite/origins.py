@@ -66,7 +66,7 @@ class Origin:
     """The op after which a value was not finite.
 
     Attributes:
-        number: Which op it was since the watch began.
+        number: How many there were before it; of one op's inputs in the order of its schema.
         kind: What kind of origin.
         phase: "forward", "backward" or "optimizer".
         spot: The op; in the backward the forward op whose derivative it is.

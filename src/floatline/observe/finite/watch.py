@@ -204,7 +204,7 @@ class Watch(TorchDispatchMode):
         blame = self._nodes.blame(node, ran.name) if node is not None else None
         full = len(self.origins) < MOST_ORIGINS
         origin = Origin(
-            number=self._number,
+            number=len(self.origins),
             kind=kind,
             phase="backward" if node is not None else self.phase,
             spot=blame.spot if blame else self._spot(ran.name),
@@ -232,7 +232,7 @@ class Watch(TorchDispatchMode):
             constant = is_constant(given, name, variable)
             kind = Kind.RAW if raw else Kind.FAULT if constant else Kind.MEANT if is_mask(given.before) else Kind.GIVEN
             self._given[key] = Origin(
-                number=self._number,
+                number=len(self.origins),
                 kind=kind,
                 phase=self.phase,
                 spot=made.spot if made is not None and raw else self._spot(name),
