@@ -17,7 +17,7 @@ class Evidence:
     Attributes:
         inputs: What went into the op.
         outputs: What came out.
-        exact: What it would have been in fp64, where that is known.
+        exact: What it would have been in a wider format (fp64), where that is known.
         saved: In the backward, what the forward op had kept.
         notes: Sentences: the distance to the format's limit, the line in the library, what made an input.
     """
@@ -32,7 +32,7 @@ class Evidence:
         lines = [f"in   {item}" for item in self.inputs]
         lines += [f"kept {item}" for item in self.saved]
         lines += [f"out  {item}" for item in self.outputs]
-        lines += [f"fp64 {item}" for item in self.exact if not item.bad]
+        lines += [f"true {item}" for item in self.exact if not item.bad]
         return "\n".join([*lines, *self.notes])
 
 

@@ -115,4 +115,6 @@ def test_owners():
     assert module._owner(torch.nn.functional.__file__) == "torch"
     assert module._owner(module.__file__) == "ours"
     assert module._owner(sys.modules["random"].__file__) == module._owner("<frozen x>") == "library"
-    assert module._owner(__file__) == "user"
+    assert module._owner("<eval_with_key>.3") == "torch"
+    assert module._owner(module._OURS + "models/arr_coc/model.py") == "library"
+    assert module._owner(__file__) == module._owner("<stdin>") == "user"

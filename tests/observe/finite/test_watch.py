@@ -138,6 +138,15 @@ def test_exact_results_tell_a_format_that_ends_from_a_function_that_does():
     assert edge.exact[0].negative == 1
 
 
+def test_large_half_precision_inputs_are_widened_to_fp32_only(monkeypatch):
+    monkeypatch.setattr("floatline.observe.finite.ran.LARGE", 2)
+    with watching() as watch:
+        torch.full((4,), 300.0, dtype=torch.float16) ** 2
+        torch.full((4,), 1e30) * 1e30
+    half, single = watch.origins
+    assert half.exact[0].dtype == "float32" and half.exact[0].high == 90000.0 and single.exact is None
+
+
 def test_library_modules_name_the_users_line():
     scores = torch.full((1, 2), -float("inf"))
     with watching() as watch:

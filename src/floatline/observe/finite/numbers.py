@@ -125,7 +125,8 @@ def numbers(tensor: torch.Tensor, name: str) -> Numbers:
     with torch.no_grad():
         values = dense(tensor)
         wide = values.abs() if values.is_complex() else values
-        wide = wide.double() if wide.is_floating_point() else wide.to(torch.int64)
+        if wide.element_size() < 4:
+            wide = wide.float() if wide.is_floating_point() else wide.int()
         finite = torch.isfinite(wide)
         kept = wide[finite]
         bad = ~finite

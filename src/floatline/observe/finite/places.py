@@ -22,6 +22,7 @@ from floatline.observe.finite.numbers import storage_of
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
+_MODELS = os.path.join(_OURS, "models") + os.sep
 _INSTALLED = tuple({os.path.realpath(sysconfig.get_paths()[name]) + os.sep
                     for name in ("stdlib", "platstdlib", "purelib", "platlib")})  # fmt: skip
 _OPTIMIZERS = os.path.join(_TORCH, "optim") + os.sep
@@ -51,10 +52,12 @@ class Place:
 @cache
 def _owner(file: str) -> str:
     """Return whose a file is: "torch", "ours", "library" or "user"."""
-    if file.startswith(_TORCH):
+    if file.startswith((_TORCH, "<eval_with_key>")):  # the latter is what torch.fx writes
         return "torch"
-    if file.startswith(_OURS):
+    if file.startswith(_OURS) and not file.startswith(_MODELS):
         return "ours"
+    if file.startswith(_MODELS):
+        return "library"
     installed = os.path.realpath(file).startswith(_INSTALLED) or f"{os.sep}site-packages{os.sep}" in file
     return "library" if installed or file.startswith("<frozen") else "user"
 

@@ -16,6 +16,8 @@ from floatline.observe.real import tensors_in
 
 _STATISTICS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 """Ops that write their arguments 3 and 4 without their schema saying so."""
+LARGE = 2**24
+"""Elements from which an op is not run again in fp64."""
 
 
 class Given(NamedTuple):
@@ -82,27 +84,40 @@ class Ran:
         return _distinct([*tensors_in(out), *written(self.func, self.args, self.kwargs)])
 
     def exact(self) -> tuple[Numbers, ...] | None:
-        """Return its result on the same inputs in fp64, None where it draws random numbers or will not run so."""
-        if torch.Tag.nondeterministic_seeded in self.func.tags or not self.inputs:
+        """Return its result on the same inputs in fp64, None where it draws random numbers or will not run so.
+
+        Large half-precision inputs are widened to fp32 only, which shows as well whether the format is to blame.
+        """
+        dtype = self._wider()
+        if torch.Tag.nondeterministic_seeded in self.func.tags or dtype is None:
             return None
         kept = {id(given.tensor): given.before for given in self.inputs}
 
         def widen(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 value = kept.get(id(value), value).detach()
-                return value.double().clone() if value.is_floating_point() else value
+                return value.to(dtype, copy=True) if value.is_floating_point() else value
             if isinstance(value, torch.dtype):
-                return torch.float64 if value.is_floating_point else value
+                return dtype if value.is_floating_point else value
             return type(value)(map(widen, value)) if isinstance(value, (list, tuple)) else value
 
         try:
             positions = [widen(value) for value in self.args]
             result = self.func(*positions, **{key: widen(value) for key, value in self.kwargs.items()})
-        except Exception:  # no kernel for it in fp64: nothing can be said
+        except Exception:  # no kernel for it, or no memory: nothing can be said
             return None
         wanted = list(tensors_in(result)) or list(tensors_in(positions[:1]))
         wanted += written(self.func, positions, {}) if self.name in _STATISTICS else []
-        return tuple(numbers(tensor, "exact") for tensor in wanted if tensor.is_floating_point())
+        return tuple(numbers(tensor, "result") for tensor in wanted if tensor.is_floating_point())
+
+    def _wider(self) -> torch.dtype | None:
+        """Return the format to run it again in, None where that would take too much."""
+        floats = [given.before for given in self.inputs if given.before.is_floating_point()]
+        if not floats:
+            return None
+        if sum(tensor.numel() for tensor in floats) <= LARGE:
+            return torch.float64
+        return torch.float32 if all(tensor.element_size() < 4 for tensor in floats) else None
 
 
 def _is_plain(value: Any) -> bool:
