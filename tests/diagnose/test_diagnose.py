@@ -106,7 +106,19 @@ def test_everything_is_bit_for_bit_as_before(loss, stepped):
     assert not torch.nn.modules.module._global_forward_hooks and not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("loss", [lambda rows: rows.sum(), lambda rows: (rows * 0).log().sum()], ids=["healthy", "bad"])
+def test_a_parameter_that_the_forward_writes_is_put_back(loss):
+    model = nn.Embedding(5, 4, max_norm=1.0)
+    with torch.no_grad():
+        model.weight.mul_(100)
+    before, identity = model.weight.detach().clone(), model.weight.data_ptr()
+    finding = fl.diagnose(lambda: loss(model(torch.tensor([1, 2]))), model)
+    assert (finding is None) == (loss(torch.ones(1)).item() == 1)
+    assert torch.equal(model.weight, before) and model.weight.data_ptr() == identity
+
+
 def test_an_island_is_undone():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).half()
     with torch.no_grad():
         model[1].weight.fill_(6e4)

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from floatline.diagnose.finding import Finding
-from floatline.diagnose.kept import everything_kept
+from floatline.diagnose.kept import SavingWrites, Written, everything_kept
 from floatline.diagnose.names import Names
 from floatline.diagnose.telling import bad_before, first_of, tell
 from floatline.errors import ConfigError
@@ -108,8 +108,8 @@ class Diagnosis:
 
     def run(self, cures: bool = True) -> Finding | None:
         """Return the finding, None where nothing is wrong."""
-        with everything_kept(self.model, self.optimizer, self._leaves()):
-            damage = self._watched()
+        with everything_kept(self.model, self.optimizer, self._leaves()) as copies:
+            damage = self._watched(copies)
         if damage is None:
             return bad_before(self.model)
         if not damage.origins:
@@ -119,13 +119,14 @@ class Diagnosis:
 
     # Under watch
 
-    def _watched(self) -> Damage | None:
+    def _watched(self, copies: Written) -> Damage | None:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             watching(self.model) as watch,
             self.names.of_arguments(self.model),
         ):
+            watch.before_write = copies.save
             return self._step(watch)
 
     def _step(self, watch: Watch) -> Damage | None:
@@ -220,7 +221,8 @@ class Diagnosis:
         """
         leaves = [*self._leaves(), *(p for _, p in self._parameters())]
         with (
-            everything_kept(self.model, others=leaves),
+            everything_kept(self.model, others=leaves) as copies,
+            SavingWrites(copies),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),

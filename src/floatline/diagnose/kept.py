@@ -1,7 +1,9 @@
 """Leave a training job as it was: weights, buffers, gradients, optimizer state and random numbers are put back.
 
-Not covered: parameters that a forward itself writes (they are copied only where an optimizer may change them), Python
-attributes that a model sets, and an optimizer's own attributes beside its state and groups.
+Parameters are copied at once where an optimizer will change them, and otherwise only when an op is about to write one:
+an embedding with `max_norm` does that in its forward.
+
+Not covered: Python attributes that a model sets, and an optimizer's own attributes beside its state and groups.
 """
 
 from __future__ import annotations
@@ -15,28 +17,37 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from floatline.observe.finite import storage_of
+from floatline.observe.finite.ran import written
 from floatline.step.undisturbed import undisturbed
 
 
 @contextmanager
 def everything_kept(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, others: Iterable[torch.Tensor] = ()
-) -> Iterator[None]:
+) -> Iterator[Written]:
     """Context after which model and optimizer are bit for bit as before.
 
     Args:
         model: Its buffers, gradients and modes, and the random state of torch, Python and numpy.
         optimizer: If its step is run inside: its state, groups and parameters.
         others: Tensors whose gradients a backward may change as well.
+
+    Yields:
+        What is to be told of writes into parameters: by the watch, or by `SavingWrites`.
     """
     weights = [(p, p.detach().clone()) for p in _parameters(model, optimizer)] if optimizer is not None else []
+    copies = Written(_parameters(model, None) if optimizer is None else [])
     state = _copied(optimizer) if optimizer is not None else None
     training = [(module, module.training) for module in model.modules()]
     try:
-        with undisturbed(model), _gradients_aside([*_parameters(model, optimizer), *others]), _python_random():
-            yield
+        leaves = [*_parameters(model, optimizer), *others]
+        with undisturbed(model), _gradients_aside(leaves), _python_random():
+            yield copies
     finally:
+        copies.restore()
         with torch.no_grad():
             for parameter, value in weights:
                 parameter.copy_(value)
@@ -51,6 +62,47 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> li
     for group in optimizer.param_groups if optimizer is not None else ():
         found.update({id(p): p for p in group["params"]})
     return list(found.values())
+
+
+class Written:
+    """Copies of the parameters that a forward writes, each made before the first write.
+
+    Args:
+        parameters: All that may be written.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self._by_storage = {key: p for p in parameters if (key := storage_of(p)) is not None}
+        self._before: dict[int, torch.Tensor] = {}
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Copy the parameter that a tensor is (a view of), if it is one; an op is about to write it."""
+        key = storage_of(tensor)
+        if key in self._by_storage and key not in self._before:
+            self._before[key] = self._by_storage[key].detach().clone()
+
+    def restore(self) -> None:
+        """Put the copies back."""
+        with torch.no_grad():
+            for key, value in self._before.items():
+                self._by_storage[key].copy_(value)
+
+
+class SavingWrites(TorchDispatchMode):
+    """Tells `Written` of each write, where no watch does."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, copies: Written) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            for tensor in written(func, args, kwargs):
+                self._copies.save(tensor)
+        return func(*args, **kwargs)
 
 
 @contextmanager

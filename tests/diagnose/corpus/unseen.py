@@ -368,6 +368,22 @@ def momentum_overflows_fp16():
     return lambda: model(x).float().mean() * 600, model, optimizer
 
 
+@fault("forward", "_ctc_loss", "impossible alignment")
+def target_longer_than_its_input():
+    model, x = layer(4, 6), torch.randn(3, 2, 4)
+    targets, lengths = torch.tensor([[1, 1, 1], [1, 2, 3]]), torch.tensor([3, 3])
+    return lambda: F.ctc_loss(model(x).log_softmax(-1), targets, lengths, lengths), model  # HERE
+
+
+@fault("forward", "native_group_norm", "division by zero", module="1")
+def group_norm_of_equal_values_without_eps():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4, eps=0.0)), rows()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(1.0)
+    return lambda: model(x).sum(), model  # HERE
+
+
 @healthy
 def sparsemax():
     model, x = layer(), rows()

@@ -22,6 +22,8 @@ from floatline.diagnose.causes.cause import (
 from floatline.observe.finite import Made, Numbers, Origin
 from floatline.observe.finite.meant import base
 
+_LAYERS = frozenset({"native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"})
+
 
 def _logarithm(origin: Origin) -> Cause | None:
     name = base(origin.ran)
@@ -105,9 +107,9 @@ def _by_zero(origin: Origin, what: str) -> Cause:
 
 
 def _norm(origin: Origin) -> Cause | None:
-    if origin.ran not in NORMS or gone_over(origin):
+    if origin.ran not in NORMS | _LAYERS or gone_over(origin):
         return None
-    return _by_zero(origin, "a row that is normalised is 0 throughout")
+    return _by_zero(origin, "what is normalised is 0 throughout, or all equal, and eps is 0")
 
 
 def _root_of_negative(origin: Origin, item: Numbers) -> Cause:

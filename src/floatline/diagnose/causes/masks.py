@@ -91,6 +91,17 @@ def _targets(origin: Origin) -> Cause | None:
     )
 
 
+def _alignment(origin: Origin) -> Cause | None:
+    if "ctc_loss" not in origin.ran or any(item.bad for item in origin.inputs):
+        return None
+    return Cause(
+        name="impossible alignment",
+        text=f"{origin.ran}: a target is longer than its input (repeated labels need a blank between them): log of 0",
+        remedy="leave such samples out, or zero_infinity=True",
+        untried="which samples to leave out is yours to choose",
+    )
+
+
 def _infinities(origin: Origin) -> Cause | None:
     """inf - inf and 0 * inf."""
     infinite = [item for item in origin.inputs if item.positive or item.negative]
@@ -161,6 +172,6 @@ def _spread(origin: Origin) -> Cause | None:
 
 
 MEMORY: tuple[Rule, ...] = (_raw, _constant)
-MASKS: tuple[Rule, ...] = (_masked_row, _two_masks, _targets, _empty, _spread)
+MASKS: tuple[Rule, ...] = (_masked_row, _two_masks, _targets, _alignment, _empty, _spread)
 LEFT: tuple[Rule, ...] = (_taken,)
 INFINITIES: tuple[Rule, ...] = (_infinities,)

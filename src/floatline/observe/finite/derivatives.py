@@ -95,7 +95,17 @@ def _saved(node: Any) -> tuple[Numbers, ...]:
     found = [(name.removeprefix("_saved_"), _get(node, name)) for name in names]
     if not names and isinstance(node, torch.autograd.function.BackwardCFunction):
         found += [(f"saved[{place}]", tensor) for place, tensor in enumerate(_get(node, "saved_tensors") or ())]
-    return tuple(numbers(t, name) for name, t in found if isinstance(t, torch.Tensor) and storage_of(t) is not None)
+    return tuple(said for name, tensor in found if (said := _numbers(tensor, name)) is not None)
+
+
+def _numbers(value: Any, name: str) -> Numbers | None:
+    """Sum up what was kept, where it is a tensor that can be asked (a number may look like one)."""
+    if not isinstance(value, torch.Tensor) or storage_of(value) is None:
+        return None
+    try:
+        return numbers(value, name)
+    except RuntimeError:
+        return None
 
 
 def _get(node: Any, name: str) -> Any:

@@ -18,6 +18,7 @@ Not covered: ops inside of compiled code and custom kernels are one op here; wha
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ from floatline.observe.finite.meant import LOGS, MOVING, RAW, is_constant, is_ma
 from floatline.observe.finite.numbers import Numbers, is_bad, numbers, storage_of
 from floatline.observe.finite.origins import Kind, Ledger, Origin, Spot
 from floatline.observe.finite.places import place_of_optimizer, places, variable_of
-from floatline.observe.finite.ran import Given, Opaque, Ran, inputs_of
+from floatline.observe.finite.ran import Given, Opaque, Ran, inputs_of, written
 
 MOST_ORIGINS = 256
 """Origins that are described in full; what comes later than that is never the first."""
@@ -53,6 +54,7 @@ class Watch(TorchDispatchMode):
         ledger: What is not finite, and since when.
         origins: All of them, in the order in which they happened.
         modules: Names of the modules whose forward runs, the innermost last.
+        before_write: (tensor) -> None, told of each tensor that an op is about to write; None for nobody.
         function: Name of the function of torch's Python interface that runs.
     """
 
@@ -65,6 +67,7 @@ class Watch(TorchDispatchMode):
         self.origins: list[Origin] = []
         self.modules: list[str] = [""]
         self.function = ""
+        self.before_write: Callable[[torch.Tensor], None] | None = None
         self._root: FrameType | None = None
         self._number = 0
         self._nodes = Nodes()
@@ -99,6 +102,9 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         inputs = inputs_of(func, name, args, kwargs)
         bad = [given for given in inputs if self._is_bad(given.tensor)]
+        if self.before_write is not None and func._schema.is_mutable:
+            for tensor in written(func, args, kwargs):
+                self.before_write(tensor)
         out = func(*args, **kwargs)
         self._look(Ran(func, name, args, kwargs, inputs), out, bad)
         return out
