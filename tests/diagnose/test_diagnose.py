@@ -178,6 +178,27 @@ def test_a_program_that_does_not_do_the_same_each_time_is_told():
     assert "it does not do the same each time" in finding.counterfactual.why or "changed" in finding.counterfactual.why
 
 
+def test_a_parameter_that_only_the_optimizer_knows():
+    model, scale = nn.Linear(4, 2), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+    finding = fl.diagnose(lambda: (model(torch.ones(3, 4)) + scale.sqrt()).sum(), model, optimizer)
+    assert (finding.phase, finding.op) == ("backward", "sqrt") and scale.grad is None
+
+
+def test_low_bit_state_of_an_optimizer_is_put_back():
+    optim = pytest.importorskip("torchao.optim")
+    model, x = nn.Linear(128, 64), torch.randn(3, 128)
+    optimizer = optim.AdamW8bit(model.parameters(), lr=1e-3)
+    with torch.compiler.set_stance("force_eager"):
+        model(x).sum().backward()
+        optimizer.step()
+    codes = optimizer.state[model.weight]["exp_avg"].codes
+    before, weight = codes.clone(), model.weight.detach().clone()
+    assert fl.diagnose(lambda: model(x).square().mean(), model, optimizer) is None
+    assert optimizer.state[model.weight]["exp_avg"].codes is codes and torch.equal(codes, before)
+    assert torch.equal(model.weight, weight)
+
+
 def test_nan_that_this_batch_did_not_meet():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 1))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from floatline.observe.finite import storage_of
 from floatline.observe.finite.ran import written
@@ -141,7 +141,21 @@ def _copied(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _copy(value: Any) -> Any:
+    """Copy a value; a tensor that is made of others (8-bit state, shards) by its parts."""
+    if is_traceable_wrapper_subclass(value):
+        parts, context = value.__tensor_flatten__()
+        copies = {name: _copy(getattr(value, name)) for name in parts}
+        return type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def _write(there: Any, value: Any) -> None:
+    """Give a tensor the values of its copy."""
+    if is_traceable_wrapper_subclass(there):
+        for name in there.__tensor_flatten__()[0]:
+            _write(getattr(there, name), getattr(value, name))
+    else:
+        there.copy_(value)
 
 
 def _restore(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
@@ -161,7 +175,7 @@ def _restore_state(now: dict[str, Any], values: dict[str, Any]) -> None:
         there = now.get(name)
         if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor) and there.shape == value.shape:
             with torch.no_grad():
-                there.copy_(value)
+                _write(there, value)
         else:
             now[name] = value
     for name in [name for name in now if name not in values]:

@@ -29,6 +29,7 @@ class Names:
     ) -> None:
         self._known: dict[int, tuple[str, str]] = {}
         self.batch: dict[str, torch.Tensor] = {}
+        self.variables = _variables(forward) if forward is not None else {}
         for phase, pairs in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in pairs:
                 self._add(tensor, phase, plain_name(name))
@@ -42,7 +43,6 @@ class Names:
                 for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
                     if isinstance(value, torch.Tensor):
                         self._add(value, "optimizer", f"{key} of {name}")
-        self.variables = _variables(forward) if forward is not None else {}
 
     def _add(self, tensor: torch.Tensor, phase: str, name: str) -> None:
         key = storage_of(tensor)

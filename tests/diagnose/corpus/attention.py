@@ -124,3 +124,15 @@ def mean_over_a_running_minimum_of_nothing():
         return best.mean()  # HERE
 
     return forward, model
+
+
+@fault("forward", "_softmax", "fully masked row", cured=True)
+def relative_bias_with_a_masked_row():
+    model, x, bias = layer(), rows(4), torch.randn(4, 4)
+    bias[1] = OUT
+
+    def forward():
+        scores = model(x) @ x.T + bias
+        return scores.softmax(-1).square().sum()  # HERE
+
+    return forward, model

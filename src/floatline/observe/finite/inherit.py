@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from floatline.observe.finite.meant import SOFTMAX
 from floatline.observe.finite.numbers import dense, has_nan
+from floatline.observe.finite.origins import Kind, Origin
 from floatline.observe.finite.ran import Given, Ran
 
 
@@ -27,6 +29,13 @@ def seen(ran: Ran, bad: list[Given], out: torch.Tensor) -> list[Given]:
 def makes_nan(bad: list[Given], spoilt: list[torch.Tensor]) -> bool:
     """Say whether an op made NaN out of infinities."""
     return any(has_nan(tensor) for tensor in spoilt) and not any(has_nan(given.before) for given in bad)
+
+
+def masks_only(ran: Ran, bad: list[Given], origins: frozenset[Origin]) -> bool:
+    """Say whether a softmax met nothing but -inf, from tensors of before: a bias that masks, whatever else it holds."""
+    given = all(origin.kind is Kind.GIVEN and not origin.inputs[0].nan + origin.inputs[0].positive for origin in origins
+                if origin.kind not in (Kind.MEANT, Kind.TAKEN))  # fmt: skip
+    return ran.name in SOFTMAX and given and not any(bool((g.before == float("inf")).any()) for g in bad)
 
 
 def spoils_more(ran: Ran, bad: list[Given], out: torch.Tensor) -> bool:

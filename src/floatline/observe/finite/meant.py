@@ -33,6 +33,8 @@ MOVING = frozenset({"clone", "contiguous", "cat", "stack", "index", "index_selec
                     "take", "masked_select", "tril", "triu", "unbind", "split_with_sizes_copy",
                     "permute_copy"})  # fmt: skip
 """Ops that move values and compute none."""
+SOFTMAX = frozenset({"_softmax", "_log_softmax", "_safe_softmax"})
+"""Ops that make NaN of a row that is masked throughout, however the mask was made."""
 LOGS = frozenset({"log", "log2", "log10", "log_", "log2_", "log10_"})
 
 

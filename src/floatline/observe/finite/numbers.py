@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 MOST_INDICES = 8
 MOST_ROWS = 64
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a tensor is made of (codes and scales of 8-bit state, a shard), or the tensor itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def storage_of(tensor: torch.Tensor) -> int | None:
@@ -16,13 +27,17 @@ def storage_of(tensor: torch.Tensor) -> int | None:
 
     That is so for sparse tensors, and for the stand-ins that `torch.func` calls functions with.
     """
-    if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     return tensor.untyped_storage()._cdata
 
 
 def is_bad(tensor: torch.Tensor) -> bool:
     """Say whether a tensor of floats or complex numbers holds a NaN or an infinity."""
+    if is_traceable_wrapper_subclass(tensor):
+        return any(map(is_bad, parts_of(tensor)))
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return False
     if tensor._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from floatline.observe.finite.numbers import Numbers, storage_of
+from floatline.observe.finite.numbers import Numbers, parts_of, storage_of
 from floatline.observe.finite.places import Place
 
 
@@ -125,8 +125,7 @@ class Ledger:
 
     def of(self, tensor: torch.Tensor) -> frozenset[Origin]:
         """Return the origins of what a tensor's storage holds."""
-        key = storage_of(tensor)
-        return self._of.get(key, frozenset()) if key is not None else frozenset()
+        return frozenset().union(*(self._of.get(storage_of(part) or 0, frozenset()) for part in parts_of(tensor)))
 
     def add(self, tensor: torch.Tensor, origins: Iterable[Origin]) -> None:
         """Note origins of a tensor's storage, besides those that it has unless the tensor is all of it."""

@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
-from floatline.observe.finite.inherit import leaves_nothing_else, makes_nan, seen, spoils_more
+from floatline.observe.finite.inherit import leaves_nothing_else, makes_nan, masks_only, seen, spoils_more
 from floatline.observe.finite.makers import Makers
-from floatline.observe.finite.meant import LOGS, MOVING, RAW, is_constant, is_mask, is_meant
+from floatline.observe.finite.meant import LOGS, MOVING, RAW, SOFTMAX, is_constant, is_mask, is_meant
 from floatline.observe.finite.numbers import Numbers, is_bad, numbers, storage_of
 from floatline.observe.finite.origins import Kind, Ledger, Origin, Spot
 from floatline.observe.finite.places import place_of_optimizer, places, variable_of
@@ -42,8 +42,6 @@ MOST_EXACT = 32
 """Origins whose op is run again in fp64."""
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _NOWHERE = Spot(op="", module="", user=None, library=None)
-_KEEPING = frozenset({"_softmax", "_log_softmax", "_safe_softmax"})
-"""Ops that make NaN of a mask by themselves, however the mask was made."""
 
 
 class Watch(TorchDispatchMode):
@@ -170,10 +168,10 @@ class Watch(TorchDispatchMode):
         node = derivative_that_runs() if self.phase == "backward" else None
         if node is not None and self._own(node, origins):
             return frozenset({self._origin(ran, spoilt, Kind.FAULT)})
-        if _faults(origins):
+        if _faults(origins) and not masks_only(ran, bad, origins):
             return origins
         if makes_nan(bad, spoilt) or spoils_more(ran, bad, spoilt[0]):
-            logs = [o for o in origins if o.ran in LOGS and ran.name not in _KEEPING]
+            logs = [o for o in origins if o.ran in LOGS and ran.name not in SOFTMAX]
             if logs:  # x log x at 0: nobody masks by multiplying with a logarithm
                 return frozenset(replace(origin, kind=Kind.FAULT) for origin in logs)
             return frozenset({self._origin(ran, spoilt, Kind.FAULT)})
