@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_contestants import MAX_GRAD_NORM, _bare_losses, make_loader, make_model, make_optimizer, make_schedule
 from torch import Tensor, nn
 
 import floatline as fl
 from common import Clock
+from step_contestants import MAX_GRAD_NORM, _bare_losses, make_loader, make_model, make_optimizer, make_schedule
 
 
 def _guarded(clock: Clock, **settings: Any) -> None:

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from floatline.diagnose.diagnose import diagnose
+    from floatline.diagnose.finding import Finding
     from floatline.errors import FloatlineError
     from floatline.formats import FORMATS, NumberFormat
     from floatline.plan.estimate import Estimate, estimate
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Estimate": "plan.estimate",
     "FORMATS": "formats",
+    "Finding": "diagnose.finding",
     "FloatlineError": "errors",
     "GradientMonitor": "step",
     "Guard": "step",
@@ -29,12 +32,13 @@ _HOMES = {
     "Workload": "step",
     "estimate": "plan.estimate",
 }
-_PACKAGES = {"plan", "techniques"}
-"""Public names that are packages; `plan` can be called."""
+_PACKAGES = {"diagnose", "plan", "techniques"}
+"""Public names that are packages; `diagnose` and `plan` can be called."""
 
 __all__ = [
     "FORMATS",
     "Estimate",
+    "Finding",
     "FloatlineError",
     "GradientMonitor",
     "Guard",
@@ -44,6 +48,7 @@ __all__ = [
     "StepOutput",
     "TrainStep",
     "Workload",
+    "diagnose",
     "estimate",
     "plan",
 ]

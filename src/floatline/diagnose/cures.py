@@ -1,38 +1,52 @@
 """Try the remedy: run the step again with it, and see whether loss and gradients are finite.
 
     island     the module in fp32, then the module around it
+    wide       the op in fp32
     edge       the op's input moved off the edge of its domain, before the op: the double `where`
     row        scores of fully masked rows set to 0 before the softmax
     attention  another attention kernel (the math one)
-    sample     the bad samples replaced by a good one
+    scale      the loss scaled down, for gradients that leave the format
 
-What changes an op meets it again by the number of the call of torch's interface that made it, so the step must do the
-same each time. Whether it does is checked: without the remedy the replay must fail as before.
+`edge` and `wide` meet the op again by its line and by the function of torch's interface that was called there. Where no
+value was changed, or the remedy does not fit the program, nothing has been tried, and that is what is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from floatline.diagnose.altered import Altered, RowsUnmasked, off_edge, widened
 from floatline.diagnose.causes import Cause
 from floatline.diagnose.finding import Counterfactual
 from floatline.observe.finite import Origin, bad_rows
 from floatline.patch import ForwardPatch
 from floatline.precision.islands import make_island
 
-Replay = Callable[[Any], str]
-"""(context) -> what was not finite in the step, its forward and backward run inside of the context; "" for nothing."""
+LOWER_SCALES = (2.0**-8, 2.0**-16)
+"""What the loss is multiplied with to try a lower loss scale."""
 
 
-def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) -> Counterfactual:
-    """Return what became of the step with the first remedy that cured it, or with the last that did not.
+class Replay(Protocol):
+    """Runs the step again, and says what was not finite in it: "" for nothing."""
+
+    def __call__(self, around: Any, scale: float = 1.0) -> str: ...
+
+
+class _Remedy(NamedTuple):
+    text: str
+    around: Any
+    module: str = ""
+    scale: float = 1.0
+
+
+def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) -> tuple[Counterfactual, ...]:
+    """Return what became of the step with each remedy, up to the first that cured it.
 
     Args:
         cause: Its cures are tried in order.
@@ -40,53 +54,55 @@ def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) ->
         model: The step's.
         replay: Runs the step again.
     """
-    if not cause.cures:
-        return Counterfactual(remedy=cause.remedy, cured=None, why=cause.untried)
-    tried: Counterfactual | None = None
+    results: list[Counterfactual] = []
     for kind in cause.cures:
-        for remedy, module, context in _contexts(kind, origin, model):
-            tried = _tried(kind, remedy, module, context, replay)
-            if tried.cured:
-                return tried
-    return tried or Counterfactual(
-        remedy=cause.remedy, cured=None, why=cause.untried or "it cannot be tried automatically here"
-    )
+        for remedy in _remedies(kind, origin, model):
+            results.append(_tried(kind, remedy, replay))
+            if results[-1].cured:
+                return tuple(results)
+    why = cause.untried or "the op runs outside of the model's modules, and its line cannot be altered from here"
+    return tuple(results) or (Counterfactual(remedy=cause.remedy, cured=None, why=why),)
 
 
-def _tried(kind: str, remedy: str, module: str, context: Any, replay: Replay) -> Counterfactual:
+def _tried(kind: str, remedy: _Remedy, replay: Replay) -> Counterfactual:
+    def said(cured: bool | None, why: str) -> Counterfactual:
+        return Counterfactual(remedy=remedy.text, cured=cured, kind=kind, module=remedy.module, why=why)
+
     try:
-        left = replay(context)
-    except Exception as error:  # the remedy does not fit the model; the finding stands all the same
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return Counterfactual(remedy=remedy, cured=None, kind=kind, module=module, why=why)
+        left = replay(remedy.around, remedy.scale)
+    except Exception as error:  # the remedy does not fit the program; the finding stands all the same
+        return said(None, f"with it the program stops: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    if isinstance(remedy.around, (Altered, RowsUnmasked)) and not remedy.around.changed:
+        return said(None, "no value that the op is given could be changed from outside")
     if not left and not replay(nullcontext()):
-        return Counterfactual(
-            remedy=remedy, cured=None, kind=kind, module=module,
-            why="the step is finite without it as well: it does not do the same each time"
-        )  # fmt: skip
-    return Counterfactual(remedy=remedy, cured=not left, kind=kind, module=module, why=left)
+        return said(None, "the step is finite without it as well: it does not do the same each time")
+    return said(not left, left)
 
 
-def _contexts(kind: str, origin: Origin, model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+def _remedies(kind: str, origin: Origin, model: nn.Module) -> Iterator[_Remedy]:
+    spot = origin.spot
     if kind == "island":
-        for name in _upward(origin.spot.module):
-            yield f"{name} computed in fp32", name, island(model, name)
+        for name in _upward(spot.module, model):
+            yield _Remedy(f"{name} computed in fp32", island(model, name), name)
     elif kind == "attention":
-        yield "the math attention kernel", "", sdpa_kernel(SDPBackend.MATH)
-    elif kind == "edge" and origin.spot.call > 0:
-        yield (
-            f"the input of {origin.spot.op} moved off the edge where it lies on it",
-            "",
-            _Altered(origin.spot.call, _off_edge),
-        )
-    elif kind == "row" and origin.spot.call > 0:
-        yield "scores of fully masked rows set to 0 before the softmax", "", _Altered(origin.spot.call, _unmasked)
+        yield _Remedy("the math attention kernel", sdpa_kernel(SDPBackend.MATH))
+    elif kind == "scale":
+        for scale in LOWER_SCALES:
+            yield _Remedy(f"the loss scaled down by {1 / scale:g}", nullcontext(), scale=scale)
+    elif kind == "row":
+        yield _Remedy("scores of fully masked rows set to 0 before the softmax", RowsUnmasked())
+    elif kind == "edge" and spot.line is not None:
+        yield _Remedy(f"the input of {spot.op} moved off the edge where it lies on it", Altered(spot, off_edge))
+    elif kind == "wide" and spot.line is not None:
+        yield _Remedy(f"{spot.op} computed in fp32", Altered(spot, widened, by_autocast=False))
 
 
-def _upward(module: str) -> list[str]:
-    """Return a module's name and those of the modules around it, two at most."""
-    parts = module.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), max(0, len(parts) - 2), -1)] if module else []
+def _upward(module: str, model: nn.Module) -> list[str]:
+    """Return a module's name and those of the modules around it, two at most, that are called."""
+    parts = module.split(".") if module else []
+    names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    known = dict(model.named_modules())
+    return [name for name in names if name in known and type(known[name]).forward is not nn.Module.forward][:2]
 
 
 @contextmanager
@@ -114,71 +130,6 @@ def island(model: nn.Module, name: str) -> Iterator[None]:
         for tensor, data in before:
             tensor.grad = None
             tensor.data = data
-
-
-class _Altered(TorchFunctionMode):
-    """Change the tensors of one call of torch's interface before it runs.
-
-    Args:
-        call: Its number, counted as the watch counted.
-        change: (function, tensor) -> the tensor to use instead.
-    """
-
-    def __init__(self, call: int, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-        self.call = call
-        self.change = change
-        self._number = 0
-
-    def __enter__(self) -> Any:
-        self._number = 0
-        return super().__enter__()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._number += 1
-        kwargs = kwargs or {}
-        if self._number == self.call:
-            args = _mapped(args, lambda tensor: self.change(func, tensor))
-            kwargs = _mapped(kwargs, lambda tensor: self.change(func, tensor))
-        return func(*args, **kwargs)
-
-
-def _mapped(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return function(tree) if tree.is_floating_point() else tree
-    if isinstance(tree, dict):
-        return {key: _mapped(value, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_mapped(item, function) for item in tree)
-    return tree
-
-
-_INSIDE = 0.5
-"""A number that lies in the domain of every function that has an edge here."""
-
-
-def _off_edge(func: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whose values on or beyond an edge are replaced by a number that is inside of all domains."""
-    name = getattr(func, "__name__", "")
-    values = tensor.detach()
-    if any(part in name for part in ("acos", "asin", "atanh", "erfinv", "arccos", "arcsin")):
-        edge = values.abs() >= 1
-    elif "exp" in name or "sinh" in name or "cosh" in name:
-        edge = values > torch.log(torch.tensor(torch.finfo(values.dtype).max)).item() / 2
-    elif "logit" in name:
-        edge = (values <= 0) | (values >= 1)
-    elif "log1p" in name:
-        edge = values <= -1
-    elif any(part in name for part in ("norm", "cdist", "std", "atan2")) or "div" in name:
-        edge = values == 0
-    else:
-        edge = values <= 0
-    return torch.where(edge | ~torch.isfinite(values), torch.full_like(values, _INSIDE), tensor)
-
-
-def _unmasked(func: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """Return scores in which rows that are -inf throughout are 0."""
-    dead = (tensor.detach() == float("-inf")).all(dim=-1, keepdim=True)
-    return torch.where(dead, torch.zeros_like(tensor), tensor)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class Evidence:
     Attributes:
         inputs: What went into the op.
         outputs: What came out.
-        exact: What it would have been in fp64, where that is known.
+        exact: What it would have been in a wider format (fp64), where that is known.
         saved: In the backward, what the forward op had kept.
         notes: Sentences: the distance to the format's limit, the line in the library, what made an input.
     """
@@ -32,7 +32,7 @@ class Evidence:
         lines = [f"in   {item}" for item in self.inputs]
         lines += [f"kept {item}" for item in self.saved]
         lines += [f"out  {item}" for item in self.outputs]
-        lines += [f"fp64 {item}" for item in self.exact]
+        lines += [f"true {item}" for item in self.exact if not item.bad]
         return "\n".join([*lines, *self.notes])
 
 
@@ -55,6 +55,8 @@ class Counterfactual:
     why: str = ""
 
     def __str__(self) -> str:
+        if not self.kind:
+            return f"nothing: {self.why}"
         said = {True: "cured", False: "did not cure it", None: "not tried"}[self.cured]
         return f"{self.remedy}: {said}" + (f" ({self.why})" if self.why else "")
 
@@ -73,7 +75,7 @@ class Finding:
         cause_name: The cause's name in the table, "overflow", "log of zero" ...
         evidence: The numbers.
         remedy: What to change, one sentence.
-        counterfactual: What became of the step with the remedy.
+        tried: What became of the step with each remedy that was tried, in that order.
         tensor: Of a bad input, parameter or buffer, its name; in the optimizer phase the parameter's.
         samples: Indices along dimension 0 of the bad input, or of the batch where the bad values lie.
     """
@@ -86,7 +88,7 @@ class Finding:
     cause_name: str
     evidence: Evidence
     remedy: str
-    counterfactual: Counterfactual | None = None
+    tried: tuple[Counterfactual, ...] = ()
     tensor: str = ""
     samples: tuple[int, ...] = ()
 
@@ -96,14 +98,21 @@ class Finding:
         where = f" of {self.module}" if self.module else ""
         return f"{self.phase}: {self.op}{where}: {self.cause}"
 
+    @property
+    def counterfactual(self) -> Counterfactual | None:
+        """What cured the replay, else the last that did not, else why none was tried; None if not asked for."""
+        order = {True: 2, False: 1, None: 0}
+        return max(reversed(self.tried), key=lambda tried: order[tried.cured], default=None)
+
     def __str__(self) -> str:
         where = f" of {self.module}" if self.module else ""
         lines = [f"{self.phase}: {self.op}{where}" + (f", {self.tensor}" if self.tensor else "")]
         lines += [f"  at      {self.location}"] if self.location else []
+        lines += [f"  samples {', '.join(map(str, self.samples[:8]))}"] if self.samples else []
         lines += [f"  cause   {self.cause}"]
         lines += ["  " + line for line in str(self.evidence).splitlines()]
         lines += [f"  remedy  {self.remedy}"]
-        lines += [f"  tried   {self.counterfactual}"] if self.counterfactual else []
+        lines += [f"  tried   {tried}" for tried in self.tried]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

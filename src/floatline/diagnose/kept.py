@@ -1,31 +1,53 @@
-"""Leave a training job as it was: weights, buffers, gradients, optimizer state and random numbers are put back."""
+"""Leave a training job as it was: weights, buffers, gradients, optimizer state and random numbers are put back.
+
+Parameters are copied at once where an optimizer will change them, and otherwise only when an op is about to write one:
+an embedding with `max_norm` does that in its forward.
+
+Not covered: Python attributes that a model sets, and an optimizer's own attributes beside its state and groups.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from floatline.observe.finite import storage_of
+from floatline.observe.finite.ran import written
 from floatline.step.undisturbed import undisturbed
 
 
 @contextmanager
-def everything_kept(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+def everything_kept(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, others: Iterable[torch.Tensor] = ()
+) -> Iterator[Written]:
     """Context after which model and optimizer are bit for bit as before.
 
-    Parameters are copied only where an optimizer may change them.
+    Args:
+        model: Its buffers, gradients and modes, and the random state of torch, Python and numpy.
+        optimizer: If its step is run inside: its state, groups and parameters.
+        others: Tensors whose gradients a backward may change as well.
+
+    Yields:
+        What is to be told of writes into parameters: by the watch, or by `SavingWrites`.
     """
     weights = [(p, p.detach().clone()) for p in _parameters(model, optimizer)] if optimizer is not None else []
+    copies = Written(_parameters(model, None) if optimizer is None else [])
     state = _copied(optimizer) if optimizer is not None else None
     training = [(module, module.training) for module in model.modules()]
     try:
-        with undisturbed(model):
-            yield
+        leaves = [*_parameters(model, optimizer), *others]
+        with undisturbed(model), _gradients_aside(leaves), _python_random():
+            yield copies
     finally:
+        copies.restore()
         with torch.no_grad():
             for parameter, value in weights:
                 parameter.copy_(value)
@@ -36,41 +58,125 @@ def everything_kept(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
 
 def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
-    found = {id(p): p for p in model.parameters()}
+    found: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     for group in optimizer.param_groups if optimizer is not None else ():
         found.update({id(p): p for p in group["params"]})
     return list(found.values())
 
 
+class Written:
+    """Copies of the parameters that a forward writes, each made before the first write.
+
+    Args:
+        parameters: All that may be written.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self._by_storage = {key: p for p in parameters if (key := storage_of(p)) is not None}
+        self._before: dict[int, torch.Tensor] = {}
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Copy the parameter that a tensor is (a view of), if it is one; an op is about to write it."""
+        key = storage_of(tensor)
+        if key in self._by_storage and key not in self._before:
+            self._before[key] = self._by_storage[key].detach().clone()
+
+    def restore(self) -> None:
+        """Put the copies back."""
+        with torch.no_grad():
+            for key, value in self._before.items():
+                self._by_storage[key].copy_(value)
+
+
+class SavingWrites(TorchDispatchMode):
+    """Tells `Written` of each write, where no watch does."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, copies: Written) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            for tensor in written(func, args, kwargs):
+                self._copies.save(tensor)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _gradients_aside(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Context without gradients; those that were there come back, untouched."""
+    before = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
+    try:
+        for tensor, _ in before:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, gradient in before:
+            tensor.grad = gradient
+
+
+@contextmanager
+def _python_random() -> Iterator[None]:
+    """Context after which the random numbers of Python, and of numpy where it is in use, go on as before it."""
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(state)
+
+
 def _copied(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return copies of what a step changes; parameters stay the keys that they are."""
-    return {
-        "state": {key: {name: _copy(value) for name, value in state.items()} for key, state in optimizer.state.items()},
-        "groups": [{k: v if k == "params" else copy.copy(v) for k, v in group.items()} for group in optimizer.param_groups],
-        "grads": [(p, p.grad) for group in optimizer.param_groups for p in group["params"]],
-    }  # fmt: skip
+    state = {key: {name: _copy(value) for name, value in values.items()} for key, values in optimizer.state.items()}
+    groups = [{key: value if key == "params" else copy.copy(value) for key, value in group.items()}
+              for group in optimizer.param_groups]  # fmt: skip
+    return {"state": state, "groups": groups}
 
 
 def _copy(value: Any) -> Any:
+    """Copy a value; a tensor that is made of others (8-bit state, shards) by its parts."""
+    if is_traceable_wrapper_subclass(value):
+        parts, context = value.__tensor_flatten__()
+        copies = {name: _copy(getattr(value, name)) for name in parts}
+        return type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
+def _write(there: Any, value: Any) -> None:
+    """Give a tensor the values of its copy."""
+    if is_traceable_wrapper_subclass(there):
+        for name in there.__tensor_flatten__()[0]:
+            _write(getattr(there, name), getattr(value, name))
+    else:
+        there.copy_(value)
+
+
 def _restore(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
-    for parameter in list(optimizer.state):
-        if parameter not in kept["state"]:
-            del optimizer.state[parameter]
+    for parameter in [key for key in optimizer.state if key not in kept["state"]]:
+        del optimizer.state[parameter]
     for parameter, values in kept["state"].items():
-        now = optimizer.state[parameter]
-        for name, value in values.items():
-            same = isinstance(value, torch.Tensor) and isinstance(now.get(name), torch.Tensor)
-            if same and now[name].shape == value.shape:
-                with torch.no_grad():
-                    now[name].copy_(value)  # the same object: others may hold it
-            else:
-                now[name] = value
-        for name in [name for name in now if name not in values]:
-            del now[name]
+        _restore_state(optimizer.state[parameter], values)
     for group, values in zip(optimizer.param_groups, kept["groups"], strict=True):
+        for key in [key for key in group if key not in values]:
+            del group[key]
         group.update(values)
-    for parameter, gradient in kept["grads"]:
-        parameter.grad = gradient
+
+
+def _restore_state(now: dict[str, Any], values: dict[str, Any]) -> None:
+    """Give a parameter's state its values back, into the same tensors: others may hold them."""
+    for name, value in values.items():
+        there = now.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor) and there.shape == value.shape:
+            with torch.no_grad():
+                _write(there, value)
+        else:
+            now[name] = value
+    for name in [name for name in now if name not in values]:
+        del now[name]

@@ -1,7 +1,8 @@
-"""What a tensor that was there before the step is called: a parameter, a buffer, an argument of the model, a variable."""
+"""What a tensor that was there before the step is called: a parameter, a buffer, an argument of the model."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
+
+from floatline.observe.finite import plain_name, storage_of
 
 
 class Names:
@@ -26,32 +29,34 @@ class Names:
     ) -> None:
         self._known: dict[int, tuple[str, str]] = {}
         self.batch: dict[str, torch.Tensor] = {}
+        self.variables = _variables(forward) if forward is not None else {}
         for phase, pairs in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in pairs:
-                self._add(tensor, phase, name.replace("_orig_mod.", ""))
+                self._add(tensor, phase, plain_name(name))
+        for owner, module in model.named_modules():  # a tensor that is a mere attribute is a buffer to its readers
+            for key, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    self._add(value, "buffer", plain_name(f"{owner}.{key}".lstrip(".")))
         for group in optimizer.param_groups if optimizer is not None else ():
             for parameter in group["params"]:
                 name = self.of(parameter)[1]
                 for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
                     if isinstance(value, torch.Tensor):
                         self._add(value, "optimizer", f"{key} of {name}")
-        self._variables = _variables(forward) if forward is not None else {}
 
     def _add(self, tensor: torch.Tensor, phase: str, name: str) -> None:
-        if tensor.layout is torch.strided:
-            self._known.setdefault(tensor.untyped_storage()._cdata, (phase, name))
+        key = storage_of(tensor)
+        if key is not None:
+            self._known.setdefault(key, (phase, name))
 
     def of(self, tensor: torch.Tensor) -> tuple[str, str]:
         """Return ("parameter" | "buffer" | "optimizer" | "input", name); the name is "" where nobody names it."""
-        if tensor.layout is not torch.strided:
+        key = storage_of(tensor)
+        if key is None:
             return "input", ""
-        key = tensor.untyped_storage()._cdata
         if key in self._known:
             return self._known[key]
-        for name, variable in self._variables.items():
-            if variable.layout is torch.strided and variable.untyped_storage()._cdata == key:
-                return "input", name
-        return "input", ""
+        return "input", next((name for name, other in self.variables.items() if storage_of(other) == key), "")
 
     @contextmanager
     def of_arguments(self, model: nn.Module) -> Iterator[None]:
@@ -92,20 +97,34 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _variables(forward: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors that a function sees: of its closure, the globals that it uses, its defaults."""
+    """Return the tensors that a function sees: closure, the globals that it uses, defaults, what it is bound to."""
+    found: dict[str, torch.Tensor] = {}
+    for scope in _scopes(forward):
+        for name, value in scope.items():
+            if not isinstance(value, (nn.Module, type)):
+                for path, tensor in _tensors(name, value):
+                    found.setdefault(path, tensor)
+    return found
+
+
+def _scopes(forward: Callable[[], Any]) -> Iterator[Mapping[str, Any]]:
+    if isinstance(forward, functools.partial):
+        yield forward.keywords
+        yield {f"args[{place}]": value for place, value in enumerate(forward.args)}
+        yield from _scopes(forward.func)
+        return
     function = inspect.unwrap(forward)
     try:
         seen = inspect.getclosurevars(function)
-        scopes = [seen.nonlocals, seen.globals]
-    except TypeError:
-        scopes = []
-    scopes.append(getattr(function, "__kwdefaults__", None) or {})
-    names = getattr(getattr(function, "__code__", None), "co_varnames", ())
+        yield seen.nonlocals
+        yield seen.globals
+    except TypeError:  # a callable object
+        yield vars(function) if hasattr(function, "__dict__") else {}
+    owner = getattr(function, "__self__", None)
+    if owner is not None and hasattr(owner, "__dict__"):
+        yield {f"self.{name}": value for name, value in vars(owner).items()}
+    yield getattr(function, "__kwdefaults__", None) or {}
     defaults = getattr(function, "__defaults__", None) or ()
-    scopes.append(dict(zip(names[: len(names)][-len(defaults) :] if defaults else (), defaults, strict=False)))
-    found: dict[str, torch.Tensor] = {}
-    for scope in scopes:
-        for name, value in scope.items():
-            if not isinstance(value, (nn.Module, type)):
-                found.update(_tensors(name, value))
-    return found
+    names = getattr(getattr(function, "__code__", None), "co_varnames", ())
+    count = getattr(getattr(function, "__code__", None), "co_argcount", 0)
+    yield dict(zip(names[count - len(defaults) : count], defaults, strict=False))

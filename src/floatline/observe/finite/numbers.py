@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 MOST_INDICES = 8
 MOST_ROWS = 64
 
 
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a tensor is made of (codes and scales of 8-bit state, a shard), or the tensor itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Return what tells one tensor's memory from another's; None where it has none that can be asked for.
+
+    That is so for sparse tensors, and for the stand-ins that `torch.func` calls functions with.
+    """
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return tensor.untyped_storage()._cdata
+
+
 def is_bad(tensor: torch.Tensor) -> bool:
     """Say whether a tensor of floats or complex numbers holds a NaN or an infinity."""
+    if is_traceable_wrapper_subclass(tensor):
+        return any(map(is_bad, parts_of(tensor)))
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return False
+    if tensor._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
     values = dense(tensor)
-    return bool(values.numel()) and not bool(torch.isfinite(values).all())
+    if not values.numel():
+        return False
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    # A sum is finite only where all of it is, and takes one pass; where it is not, it may have overflowed by itself.
+    wide = torch.float32 if values.element_size() < 4 else values.dtype
+    return not math.isfinite(values.sum(dtype=wide).item()) and not bool(torch.isfinite(values).all())
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor holds a NaN."""
+    return bool(torch.isnan(dense(tensor)).any())
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Return what a tensor stores as one that can be asked: sparse ones give their values, fp8 ones are widened."""
     tensor = tensor.detach()
+    if tensor._is_zerotensor():  # autograd's zeros that have no memory
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
@@ -80,6 +121,7 @@ class Numbers:
         span = "" if self.low is None else f" in [{self.low:.4g}, {self.high:.4g}]"
         counts = [f"{count} {name}" for name, count in
                   (("NaN", self.nan), ("+inf", self.positive), ("-inf", self.negative)) if count]  # fmt: skip
+        span += f", {self.zeros} zeros" if self.zeros and span and "float" in self.dtype else ""
         at = f" at {', '.join(map(_index, self.indices))}" if self.indices else ""
         return f"{self.name} {self.dtype}[{size}]{span}" + (f", {' and '.join(counts)}{at}" if counts else "")
 
@@ -98,7 +140,8 @@ def numbers(tensor: torch.Tensor, name: str) -> Numbers:
     with torch.no_grad():
         values = dense(tensor)
         wide = values.abs() if values.is_complex() else values
-        wide = wide.double() if wide.is_floating_point() else wide.to(torch.int64)
+        if wide.element_size() < 4:
+            wide = wide.float() if wide.is_floating_point() else wide.int()
         finite = torch.isfinite(wide)
         kept = wide[finite]
         bad = ~finite

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from floatline.observe.finite.numbers import Numbers
+from floatline.observe.finite.numbers import Numbers, parts_of, storage_of
 from floatline.observe.finite.places import Place
 
 
@@ -45,14 +45,20 @@ class Spot:
         module: Dotted name of the module whose forward ran it, "" at the top.
         user: The user's line.
         library: The library's line below it, if any.
-        call: Number of the call of torch's Python interface that it belongs to.
+        function: The function of torch's Python interface that was called there: `norm` of a `linalg_vector_norm`.
     """
 
     op: str
     module: str
     user: Place | None
     library: Place | None
-    call: int
+    function: str = ""
+
+    @property
+    def line(self) -> tuple[str, int] | None:
+        """File and number of the innermost line that is not torch's: the library's, or else the user's."""
+        place = self.library or self.user
+        return (place.file, place.line) if place is not None else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +66,7 @@ class Origin:
     """The op after which a value was not finite.
 
     Attributes:
-        number: Which op it was since the watch began.
+        number: How many there were before it; of one op's inputs in the order of its schema.
         kind: What kind of origin.
         phase: "forward", "backward" or "optimizer".
         spot: The op; in the backward the forward op whose derivative it is.
@@ -72,7 +78,9 @@ class Origin:
         saved: In the backward, what the forward op had saved.
         made_by: Argument -> the op that had made it.
         tensor: Of a GIVEN one, the tensor itself.
-        custom: The op, or its derivative, is of a user-written autograd Function.
+        variable: Of a GIVEN one, what the user's code calls it, "" where it has no name there.
+        derivative: The op is part of a derivative's formula, and `spot` the forward op that the derivative is of.
+        custom: The formula is that of a user-written autograd Function.
     """
 
     number: int
@@ -87,6 +95,8 @@ class Origin:
     saved: tuple[Numbers, ...] = ()
     made_by: dict[str, Made] = field(default_factory=dict)
     tensor: torch.Tensor | None = None
+    variable: str = ""
+    derivative: bool = False
     custom: bool = False
 
 
@@ -98,11 +108,13 @@ class Made:
         spot: The op.
         scalars: Its arguments that are plain numbers.
         dtype: Of the result, as text.
+        before: The ops that had made its own inputs.
     """
 
     spot: Spot
     scalars: dict[str, Any]
     dtype: str
+    before: tuple[Made, ...] = ()
 
 
 class Ledger:
@@ -113,12 +125,11 @@ class Ledger:
 
     def of(self, tensor: torch.Tensor) -> frozenset[Origin]:
         """Return the origins of what a tensor's storage holds."""
-        key = _key(tensor)
-        return self._of.get(key, frozenset()) if key is not None else frozenset()
+        return frozenset().union(*(self._of.get(storage_of(part) or 0, frozenset()) for part in parts_of(tensor)))
 
     def add(self, tensor: torch.Tensor, origins: Iterable[Origin]) -> None:
         """Note origins of a tensor's storage, besides those that it has unless the tensor is all of it."""
-        key = _key(tensor)
+        key = storage_of(tensor)
         if key is None:
             return
         if key not in self._of:
@@ -128,13 +139,9 @@ class Ledger:
 
     def clear(self, tensor: torch.Tensor) -> None:
         """Note that a tensor is finite; what of its storage it does not cover may be otherwise."""
-        key = _key(tensor)
+        key = storage_of(tensor)
         if key in self._of and _covers(tensor):
             self._of[key] = frozenset()
-
-
-def _key(tensor: torch.Tensor) -> int | None:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _covers(tensor: torch.Tensor) -> bool:
