@@ -1,4 +1,6 @@
-"""Who is compared in finite_overhead.py: ways to know that a step was not finite, on the training of step_contestants.py.
+"""Who is compared in finite_overhead.py: ways to know that a step was not finite.
+
+The training is that of step_contestants.py.
 
 floatline.TrainStep          the guard with all it does by default: verdict over loss, gradients and buffers, names of
                              the gradients at fault, silent trouble every 100 updates

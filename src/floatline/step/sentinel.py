@@ -175,7 +175,7 @@ class Sentinel:
         return skip
 
     def _what(self, judged: Judged, numbers: list[float]) -> What:
-        loss, grad_norm = numbers[:2]
+        loss = numbers[0]
         if loss - loss != 0.0:
             return What.LOSS
         if len(numbers) > 2 and numbers[2] - numbers[2] != 0.0:  # before overflow, which it might be as well
