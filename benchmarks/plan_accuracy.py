@@ -93,7 +93,7 @@ def measure(name: str, setting: str) -> Row:
     """Trace and train one model in this process."""
     torch.set_num_threads(1)
     from floatline.step import Workload
-    from plan_models import MODELS
+    from plan_models_more import MODELS
 
     model, (precision, techniques) = MODELS[name], SETTINGS[setting]
     work = Workload(model=model.build, batch=model.batch, loss=model.loss)
@@ -151,7 +151,7 @@ def in_own_process(name: str, setting: str, limit: float) -> Row:
 
 def pairs(words: list[str] | None) -> list[tuple[str, str]]:
     """Return the rows to measure: those whose model or setting is one of the words, all without words."""
-    from plan_models import MODELS
+    from plan_models_more import MODELS
 
     every = [(name, "plain") for name in MODELS]
     every += [(name, setting) for setting, names in PAIRS.items() for name in names]

@@ -220,15 +220,19 @@ def _show_plan(
     from floatline.report.plan_output import text_of, write_page, write_picture
 
     text = text_of(answer, export)
-    if out is not None:
-        write_page(answer, out)
-    if png is not None:
-        write_picture(cast("PlanReport", answer), png)
-    written = [str(path) for path in (out, png) if path is not None]
-    if as_json:
-        _print_json({**answer.as_dict(), "written": written})
-    else:
-        print(text, *written, sep="\n", end="\n" if written else "")
+    written: list[str] = []
+    try:
+        if out is not None:
+            write_page(answer, out)
+            written.append(str(out))
+        if png is not None:
+            write_picture(cast("PlanReport", answer), png)
+            written.append(str(png))
+    finally:  # a file that cannot be written must not cost the answer
+        if as_json:
+            _print_json({**answer.as_dict(), "written": written})
+        else:
+            print(text, *written, sep="\n", end="\n" if written else "")
 
 
 @app.command()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from floatline.errors import ModelError
 from floatline.observe.events import Category, Phase, peak_of
 from floatline.observe.trace import trace
 from floatline.step import Workload
@@ -173,7 +174,7 @@ def test_a_model_that_fails_leaves_no_mode_behind():
         raise ZeroDivisionError
 
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ModelError, match="does not run: ZeroDivisionError"):
         traced(loss=fails)
     assert torch.equal(torch.get_rng_state(), before)
     assert type(torch.ones(1) + 1) is torch.Tensor

@@ -1,5 +1,6 @@
 """From options to an answer: which options contradict each other, and what a report holds."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,25 @@ def test_inference_takes_the_half_format_of_the_card():
     assert "no weight is updated" in found.precision_reason
     assert answer(request(mode="inference", precision="32-true")).estimate.precision == "32-true"
     assert found.as_dict()["verdict"] == "fits"
+
+
+def test_inference_has_its_largest_sizes_too(tmp_path):
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 512, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = PlanRequest(model=str(tmp_path), mode="inference", shape=Shape(seq=64), **CARD)
+    told = {piece["key"]: piece for piece in answer(asked).as_dict()["largest"]}
+    assert told["seq"]["value"] == 64 and told["batch"]["needed"] <= told["batch"]["peak_total"]
+
+
+def test_json_tells_what_is_compared_with_the_memory():
+    found = answer(request("wide", vram="2GiB"))
+    as_dict = found.as_dict()
+    assert as_dict["estimate"]["needed"] + as_dict["estimate"]["margin"] == as_dict["estimate"]["capacity"]
+    assert [rung["needed"] for rung in as_dict["ladder"]] == [rung.estimate.fit.needed for rung in found.plan.ladder]
+    before = as_dict["ladder"][0]["needed"]
+    for rung in as_dict["ladder"][1:]:
+        assert before - rung["needed"] == rung["saved"]
+        before = rung["needed"] if rung["kept"] else before
 
 
 def test_what_does_not_fit_says_so():

@@ -120,7 +120,7 @@ def test_a_missing_dependency_of_the_module_is_not_called_a_missing_module(toys,
 
 def test_a_module_that_fails_says_so(toys, tmp_path):
     (tmp_path / "failing_module.py").write_text("1 / 0\n")
-    with pytest.raises(ModelError, match="importing failing_module failed: division by zero"):
+    with pytest.raises(ModelError, match="importing failing_module failed: ZeroDivisionError: division by zero"):
         load_source("failing_module:work")
     with pytest.raises(ModelError, match=r"failing_module\.py failed: ZeroDivisionError"):
         load_source("failing_module.py:work")

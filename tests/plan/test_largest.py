@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from small_work import MIB, card
+from small_work import MIB, blocks, card
 
 import floatline as fl
 from floatline.plan.estimate import estimate
-from floatline.plan.largest import STEPS, largest
+from floatline.plan.largest import STEPS, _climb, largest
 from floatline.plan.shape import Shape
 from floatline.plan.sources import load_source
 from floatline.plan.table import columns, component_table, components
@@ -47,6 +47,30 @@ def test_the_models_own_limit_is_told(source):
     found = {piece.key: piece for piece in largest(source, plan)}
     assert (found["seq"].value, found["seq"].limited_by) == (512, "model")
     assert "image" not in found
+
+
+def test_the_largest_of_inference_is_traced_in_inference(source):
+    alone = estimate(source.work, card(500), "bf16-true", mode="inference")
+    found = {piece.key: piece for piece in largest(source, alone)}
+    trained = {piece.key: piece for piece in largest(source, planned(source, 500))}
+    assert found["batch"].value > 2 * trained["batch"].value and found["batch"].needed < 500 * MIB
+    assert largest(source, estimate(source.work, card(1), "bf16-true", mode="inference")) == ()
+
+
+def test_what_is_compared_with_the_memory_is_told():
+    """An allocator with memory to spare holds more than it needs; a size that fits must not be told with more."""
+    found = largest_of(needed=400, held=600)
+    assert found.needed == 400 and found.peak_total == 600
+
+
+def largest_of(needed: int, held: int):
+    made = estimate(blocks(), card(10_000))
+    pressed = replace(made, peak_total=held, fit=replace(made.fit, needed=needed))
+    climb = _climb("batch", 1, 1, lambda value: None)
+    next(climb)
+    with pytest.raises(StopIteration) as end:
+        climb.send(pressed)
+    return end.value.value
 
 
 def test_each_shape_is_tried_once_and_few_are(source):

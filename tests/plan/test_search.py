@@ -78,6 +78,11 @@ def test_what_changes_the_numbers_is_told_unless_it_was_asked_for():
     assert not any("changes the numbers" in note for note in asked.estimate.notes)
 
 
+def test_a_technique_to_keep_cannot_be_excluded():
+    with pytest.raises(ConfigError, match="lora is excluded, and it is one of the techniques to keep"):
+        fl.plan(blocks(rows=2), card(300), techniques=["lora(rank=2)"], exclude=["lora"])
+
+
 def test_nothing_can_be_left_out():
     plan = wide(500, exclude=["accumulation"])
     assert plan.fits
@@ -164,4 +169,4 @@ def test_a_technique_that_the_model_does_not_survive_is_rejected_and_the_search_
     )
     plan = fl.plan(work, card(300), precision="32-true", exclude=["accumulation"], advice=False)
     reasons = {rejected.name: rejected.reason for rejected in plan.rejected}
-    assert "does not run with it: CheckpointError" in reasons["checkpointing"]
+    assert "does not run: CheckpointError" in reasons["checkpointing"]

@@ -13,6 +13,7 @@ from floatline.plan.shape import Filling, Shape, parse_image
         {"seq": -1},
         {"batch": 1.5},
         {"batch": True},
+        {"batch": 10**21},
         {"images": -1},
         {"image": (0, 4)},
         {"image": (4,)},

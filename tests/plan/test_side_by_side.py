@@ -61,7 +61,6 @@ def test_progress_counts_the_cards():
     [
         ({"vram": "24GiB"}, "--vram describes one GPU"),
         ({"capability": "8.6"}, "--capability describes one GPU"),
-        ({"mode": "inference"}, "--hardware all plans training"),
     ],
 )
 def test_options_for_one_card_are_refused(options, message):
@@ -72,3 +71,11 @@ def test_options_for_one_card_are_refused(options, message):
 def test_a_model_that_is_none_is_an_error_once():
     with pytest.raises(ModelError, match="has no 'absent'"):
         compare(request("absent"))
+
+
+def test_inference_is_estimated_on_each():
+    found = compare(request(batch=4, mode="inference"), gpus=FEW)
+    assert found.fits and all(row.plan is None and row.estimate.mode == "inference" for row in found.rows)
+    assert [row.estimate.precision for row in found.rows] == ["16-true", "bf16-true", "bf16-true"]
+    told = found.rows[0].as_dict()
+    assert told["techniques"] == [] and told["plain_needed"] == told["needed"] > 0

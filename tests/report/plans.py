@@ -147,8 +147,8 @@ def report(final: float = 10.0, **changes: Any) -> PlanReport:
         precision_reason=decided.precision_reason,
         plan=decided,
         table=columns,
-        largest=(Largest(key="batch", value=12, peak_total=14 * GIB, limited_by="memory"),
-                 Largest(key="seq", value=1024, peak_total=10 * GIB, limited_by="model")),
+        largest=(Largest(key="batch", value=12, needed=14 * GIB, peak_total=15 * GIB, limited_by="memory"),
+                 Largest(key="seq", value=1024, needed=10 * GIB, peak_total=10 * GIB, limited_by="model")),
         settings={"trainer": {"fp16": True, "gradient_accumulation_steps": 4}},
     )  # fmt: skip
     return replace(made, **changes)

@@ -257,7 +257,37 @@ def test_a_plan_that_came_to_nothing_is_not_left_behind(recipe, tiny, tmp_path):
     assert not (tmp_path / "run/plan.json").exists()
 
 
-def test_memory_takes_auto_or_nothing(recipe):
+def test_memory_takes_auto_exact_or_nothing(recipe):
     with pytest.raises(ConfigError, match=r"memory='plan'"):
         recipe("memory=plan")
     assert recipe("memory=null").memory is None
+
+
+def test_an_exact_plan_leaves_the_numbers_as_they_are(recipe, tiny):
+    tiny(1)
+    found = plan_recipe(workload_of(recipe("train.batch_size=1", "memory=exact")), advice=False)
+    reasons = {rejected.name: rejected.reason for rejected in found.rejected}
+    assert reasons["low_bit_optimizer"] == "changes the numbers (8-bit moments: updates differ slightly)"
+    assert "low_bit_optimizer" in str(plan_recipe(workload_of(recipe("train.batch_size=1")), advice=False).techniques)
+
+
+def test_a_technique_that_is_set_to_false_is_not_in_the_plan(recipe, tiny):
+    tiny(1)
+    without = [f"techniques.{name}=false" for name in ("checkpointing", "accumulation", "batching", "packing")]
+    given = recipe("train.batch_size=4", *without)
+    assert given.used == {} and given.left_out == ("checkpointing", "accumulation", "batching", "packing")
+    assert not decides_cut(given)
+    found = plan_recipe(workload_of(given), advice=False)
+    assert found.estimate.micro_batches == 1 and "checkpointing" not in str(found.techniques)
+    assert {r.name: r.reason for r in found.rejected}["checkpointing"] == "excluded by you"
+
+
+def test_what_is_left_out_of_a_plan_is_a_technique_and_is_not_written_into_the_run(recipe, tiny, tmp_path):
+    with pytest.raises(ConfigError, match="there is no technique 'checkpoint'"):
+        recipe("techniques.checkpoint=false")
+    assert recipe("memory=null", "techniques.checkpointing=false").techniques == {}
+    tiny(1000)
+    small = ["train.batch_size=2", "train.steps=1", "techniques.checkpointing=false"]
+    train(recipe(*small))
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["techniques"] == {}
+    assert train(recipe(*small)).status == "already finished"

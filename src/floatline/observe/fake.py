@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from floatline.errors import ModelError
 from floatline.observe import selection, values
 from floatline.observe.layouts import LAID_OUT
+from floatline.observe.operands import check_operands
 from floatline.observe.real import asking, is_small, really, tensors_in, where
 from floatline.techniques.placement import fakes_change_in_place
 
@@ -127,8 +128,9 @@ class Faking(TorchDispatchMode):
         """Run an op on fake tensors.
 
         Raises:
-            ModelError: Its result depends on values, or it has no fake kernel.
+            ModelError: Its result depends on values, it has no fake kernel, or no real one for these dtypes.
         """
+        check_operands(func, args)
         try:
             return func(*args, **kwargs)
         except _VALUES_UNKNOWN:

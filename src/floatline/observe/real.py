@@ -45,6 +45,25 @@ def is_small(tensor: torch.Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= REAL_BYTES
 
 
+def is_torch(file: str) -> bool:
+    """Say whether a file is torch's."""
+    return file.startswith(_TORCH)
+
+
+def is_ours(file: str) -> bool:
+    """Say whether a file is Floatline's."""
+    return file.startswith(_OURS)
+
+
+def short_place(file: str, line: int | None) -> str:
+    """Return a line of a program as "folder/file.py:12".
+
+    >>> short_place("/home/me/project/models/net.py", 12)
+    'models/net.py:12'
+    """
+    return f"{'/'.join(file.split('/')[-2:])}:{line}"
+
+
 def where() -> str | None:
     """Return the line of the program that runs now, as " (file.py:12)"; None when it is one of Floatline's own."""
     frame: FrameType | None = sys._getframe(1)
@@ -53,7 +72,7 @@ def where() -> str | None:
         if file.startswith(_OURS) and not file.startswith(_HERE):
             return None
         if not file.startswith((_TORCH, _OURS, "<")):
-            return f" ({'/'.join(file.split('/')[-2:])}:{frame.f_lineno})"
+            return f" ({short_place(file, frame.f_lineno)})"
         frame = frame.f_back
     return ""
 

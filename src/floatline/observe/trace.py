@@ -16,9 +16,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from floatline.errors import ConfigError, FloatlineError, ModelError
+from floatline.errors import ConfigError
 from floatline.hardware import Hardware, resolve
 from floatline.observe.events import Phase, Trace
+from floatline.observe.failures import explained
 from floatline.observe.fake import faking
 from floatline.observe.fake_model import fake_batch, fake_model
 from floatline.observe.recorder import Recorder, module_names
@@ -64,12 +65,12 @@ def trace(
 
     Raises:
         ConfigError: An unknown mode, or what `TrainStep` refuses.
-        ModelError: The model cannot run without values (fake.py).
+        ModelError: The program fails (failures.py), or cannot run without values (fake.py).
     """
     if mode not in MODES:
         raise ConfigError(f"mode is {mode!r}", hint=f"allowed: {', '.join(MODES)}")
     hardware = resolve(hardware)
-    with _gpu_calls_explained(), _recording(hardware) as recorder:
+    with explained(), _recording(hardware) as recorder:
         model = fake_model(work, recorder)
         batch = _built_batch(work)
         if mode == "inference":
@@ -91,26 +92,6 @@ def trace(
             if once:
                 recorder.trace.repeat()
     return recorder.trace
-
-
-@contextmanager
-def _gpu_calls_explained() -> Iterator[None]:
-    """Turn torch's error about a GPU that a program asks for by name into one that says what to do.
-
-    Raises:
-        ModelError: Instead of it.
-    """
-    try:
-        yield
-    except FloatlineError:
-        raise
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        if "cuda" not in str(error).lower():
-            raise
-        raise ModelError(
-            f"the program asks for a GPU by name, but a plan runs on the CPU: {str(error).splitlines()[0]:.120}",
-            hint='take the device of an input (x.device) instead of "cuda" or .cuda()',
-        ) from error
 
 
 @contextmanager

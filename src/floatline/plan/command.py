@@ -17,10 +17,12 @@ from floatline.plan.allocator import AllocatorSettings
 from floatline.plan.estimate import Estimate, estimate
 from floatline.plan.export import accelerate_config, fsdp_config, not_expressible, trainer_arguments
 from floatline.plan.largest import Largest, largest
+from floatline.plan.parallel import ALONE, Alone, Helpers
 from floatline.plan.plan import Plan, Progress, plan
+from floatline.plan.room import room
 from floatline.plan.shape import Shape
 from floatline.plan.sources import Source, load_source
-from floatline.plan.table import columns, component_table
+from floatline.plan.table import columns, component_table, trials_of_table
 from floatline.plan.traces import TraceCache
 from floatline.precision import resolve as resolve_precision
 from floatline.techniques import make_technique
@@ -168,7 +170,7 @@ class PlanReport:
             "hardware": self.hardware.name,
             "precision": self.estimate.precision,
             "precision_reason": self.precision_reason,
-            "estimate": {**self.estimate.as_dict(), "band": list(self.estimate.fit.band)},
+            "estimate": self.estimate.as_dict(),
             "source": _source_dict(self.source),
             "table": [{"mode": mode, **found.as_dict()} for (mode, _), found in self.table.items()],
             "largest": [vars(found) for found in self.largest],
@@ -231,15 +233,31 @@ def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -
     hardware = target(request.hardware, vram=request.vram, capability=request.capability)
     resolve_precision(request.precision, hardware)  # a precision that cannot be is told before the model is loaded
     source = load(request)
-    if request.mode == "inference":
-        return _inference(request, source, hardware, progress)
+    with helpers_of(request, source, hardware) as helpers:
+        if not request.quick:
+            helpers.prepare(
+                *list(trials_of_table(hardware, request.allocator).values())[:-1]
+            )  # the last is the bottom rung
+        make = _inference if request.mode == "inference" else _training
+        return make(request, source, hardware, progress, helpers)
+
+
+def helpers_of(request: PlanRequest, source: Source, hardware: Hardware) -> Alone:
+    """Return who makes estimates beside this process; see parallel.py for who may not."""
+    count = room() if source.kind != "module" and hardware.kind == "cuda" else 0
+    return Helpers((request.model, request.whole_shape, request.task), count) if count else ALONE
+
+
+def _training(
+    request: PlanRequest, source: Source, hardware: Hardware, progress: Progress, helpers: Alone
+) -> PlanReport:
     traces = TraceCache(source.work)
-    decided = planned(request, source, hardware, traces, progress)
-    table = (
-        {}
-        if request.quick
-        else component_table(source.work, hardware, progress, allocator=request.allocator, traces=traces)
-    )
+    decided = planned(request, source, hardware, traces, progress, helpers=helpers)
+    helpers.foresee()  # what the search might have tried is of no use any more
+    sizes: tuple[Largest, ...] = ()
+    if not request.quick:
+        sizes = largest(source, decided, progress, allocator=request.allocator, helpers=helpers)
+    table = _table(request, source, hardware, progress, traces, helpers)  # last: helpers had time for it
     return PlanReport(
         source=source,
         hardware=hardware,
@@ -247,23 +265,47 @@ def answer(request: PlanRequest, progress: Progress = lambda what, done: None) -
         precision_reason=decided.precision_reason,
         plan=decided,
         table=table,
-        largest=() if request.quick else largest(source, decided, progress, allocator=request.allocator),
+        largest=sizes,
         settings=settings_of(decided),
         gaps=not_expressible(decided),
     )
 
 
-def _inference(request: PlanRequest, source: Source, hardware: Hardware, progress: Progress) -> PlanReport:
-    if request.precision == "auto":
-        precision = [name for mode, name in columns(hardware) if mode == "inference"][-1]
-        reason = "no weight is updated, so none needs more than the format that is multiplied"
-    else:
-        precision, reason = request.precision, resolve_precision(request.precision, hardware).reason
+def _table(
+    request: PlanRequest, source: Source, hardware: Hardware, progress: Progress, traces: TraceCache, helpers: Alone
+) -> dict[tuple[str, str], Estimate]:
+    if request.quick:
+        return {}
+    return component_table(source.work, hardware, progress, allocator=request.allocator, traces=traces, helpers=helpers)
+
+
+def inference_precision(request: PlanRequest, hardware: Hardware) -> tuple[str, str]:
+    """Return the precision of inference on a device, and why.
+
+    Raises:
+        PrecisionError: The one that was asked for is illegal there.
+    """
+    if request.precision != "auto":
+        return request.precision, resolve_precision(request.precision, hardware).reason
+    half = [name for mode, name in columns(hardware) if mode == "inference"][-1]
+    return half, "no weight is updated, so none needs more than the format that is multiplied"
+
+
+def _inference(
+    request: PlanRequest, source: Source, hardware: Hardware, progress: Progress, helpers: Alone
+) -> PlanReport:
+    precision, reason = inference_precision(request, hardware)
     progress(f"inference on {hardware.name}", 0)
     found = estimate(source.work, hardware, precision, mode="inference", allocator=request.allocator)
-    table = {} if request.quick else component_table(source.work, hardware, progress, allocator=request.allocator)
+    table = _table(request, source, hardware, progress, TraceCache(source.work), helpers)
     return PlanReport(
-        source=source, hardware=hardware, estimate=found, precision_reason=reason, table=table, settings={}
+        source=source,
+        hardware=hardware,
+        estimate=found,
+        precision_reason=reason,
+        table=table,
+        largest=() if request.quick else largest(source, found, progress, allocator=request.allocator),
+        settings={},
     )
 
 

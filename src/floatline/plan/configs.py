@@ -194,8 +194,14 @@ def _to_config(tree: dict[str, Any], origin: str) -> Any:
         return CONFIG_MAPPING[kind].from_dict(tree)
     except Exception as error:  # configs check themselves in many ways for one thing: this is not a config of that type
         raise ModelError(
-            f"{origin} is no config of a {kind}: {_first_line(error)}", hint="compare it with a published config.json"
+            f"{origin} is no config of a {kind}: {_said(error)}", hint="compare it with a published config.json"
         ) from error
+
+
+def _said(error: BaseException) -> str:
+    """The first line, and the next one where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,7 +37,8 @@ class Estimate:
         mode: "train" or "inference".
         peak_allocated: Peak of tensors, as `torch.cuda.max_memory_allocated` counts it.
         peak_reserved: Peak of what the caching allocator holds, as `max_memory_reserved`.
-        peak_total: That and what lies outside: context and libraries. What must be smaller than the device's memory.
+        peak_total: That and what lies outside: context and libraries. Where it is over the device's memory the run may
+            still go through, for the allocator gives back what lies idle; `fit.needed` is what is compared.
         context: Bytes of the CUDA context.
         workspaces: Bytes of cuBLAS's workspaces, part of the allocated ones.
         categories: Bytes at the peak by category.
@@ -86,8 +87,11 @@ class Estimate:
             "mode": self.mode,
             "verdict": self.verdict,
             "chance": self.fit.chance,
-            "margin": self.fit.margin,
+            "needed": self.fit.needed,
+            "band": list(self.fit.band),
             "capacity": self.fit.capacity,
+            "margin": self.fit.margin,
+            "reserve": self.fit.reserve,
             **{name: getattr(self, name) for name in _NUMBERS},
             "seconds": self.time.seconds,
             "peak_op": self.timeline.op,

@@ -63,7 +63,7 @@ def call_for_workload(function: Callable[..., Any], shape: Shape, text: str) -> 
 
     try:
         made = call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"{text} failed: {type(error).__name__}: {error}", hint="run it on its own to see where"
         ) from error
@@ -108,9 +108,10 @@ def _load_module(place: str, text: str) -> Any:
             f"{text}: no module {place!r}, neither installed nor in {here}",
             hint="give module:function or file.py:function",
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{text}: importing {place} failed: {error}", hint=f"try `python -c 'import {place}'`"
+            f"{text}: importing {place} failed: {type(error).__name__}: {error}",
+            hint=f"try `python -c 'import {place}'`",
         ) from error
     finally:
         if added and here in sys.path:
@@ -126,7 +127,7 @@ def _load_file(path: Path, text: str) -> Any:
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"{text}: {path} failed: {type(error).__name__}: {error}", hint=f"try `python {path}`"
         ) from error

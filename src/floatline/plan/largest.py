@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from floatline.errors import ConfigError, ModelError
 from floatline.plan.allocator import AllocatorSettings
-from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.estimate import Estimate
 from floatline.plan.fit import Fit
+from floatline.plan.parallel import ALONE, Alone, Piece, together
 from floatline.plan.plan import Plan
 from floatline.plan.shape import Shape
 from floatline.plan.sources import Source
+from floatline.plan.traces import rank_count
+from floatline.plan.trial import Trial
 from floatline.techniques import Technique, make_technique
 
 STEPS = {"batch": 1, "seq": 64, "image": 32}
@@ -34,68 +38,83 @@ class Largest:
     Attributes:
         key: "batch" (samples a micro-batch), "seq" (tokens) or "image" (pixels a side).
         value: The largest that was traced and fits.
-        peak_total: Bytes then needed.
+        needed: Bytes that are then compared with the device's memory.
+        peak_total: Peak of what the allocator would hold with memory to spare, context included.
         limited_by: "memory" (a little more does not fit), "model" (it takes no more), or "tried" (more may fit; no
             further trial was made).
     """
 
     key: str
     value: int
+    needed: int
     peak_total: int
     limited_by: str
 
 
 def largest(
     source: Source,
-    plan: Plan,
+    plan: Plan | Estimate,
     progress: Callable[[str, int], None] = lambda what, done: None,
     *,
     allocator: AllocatorSettings | None = None,
+    helpers: Alone = ALONE,
 ) -> tuple[Largest, ...]:
     """Return the largest sizes that fit with a plan's precision and techniques, those that apply to the model.
 
     Args:
         source: The model, in the shape that was planned.
-        plan: A plan that fits; without one the result is empty.
+        plan: A plan that fits, or an estimate, of inference for one; without a fit the result is empty.
         progress: Called before each trial.
         allocator: Settings of the caching allocator; None for torch's defaults.
+        helpers: Processes that make estimates of the same source meanwhile.
     """
-    if not plan.fits:
+    found, clip = (plan, 1.0) if isinstance(plan, Estimate) else (plan.estimate, plan.max_grad_norm)
+    if not found.fit:
         return ()
-    techniques, shape, cuts = _micro_batch(plan, source.shape)
-    known: dict[Shape, Estimate | None] = {}
+    techniques, shape, cuts = _micro_batch(found, source.shape)
+    known: dict[Trial, Estimate] = {}
 
-    def attempt(key: str, value: int) -> Estimate | None:
+    def trial(key: str, value: int) -> Trial:
         asked = _open(_with(shape, key, value), key)
-        if asked not in known:
-            progress(f"{key} {value}", len(known))
-            try:
-                work = source.reshaped(replace(asked, batch=cuts * (asked.batch or 1))).work
-                known[asked] = estimate(work, plan.hardware, plan.precision, techniques, quick=True,
-                                        max_grad_norm=plan.max_grad_norm, allocator=allocator)  # fmt: skip
-            except (ConfigError, ModelError):  # the model takes no such size
-                known[asked] = None
-        return known[asked]
+        return Trial(
+            hardware=found.hardware,
+            precision=found.precision,
+            techniques=tuple(techniques),
+            mode=found.mode,
+            max_grad_norm=clip,
+            allocator=allocator,
+            ranks=rank_count(),
+            shape=replace(asked, batch=cuts * (asked.batch or 1)),
+            told=f"{key} {value}",
+        )
 
-    found = []
+    def ask(trial: Trial) -> Estimate:
+        if trial not in known:
+            progress(trial.told, len(known))
+            assert trial.shape is not None
+            shape = trial.shape
+            known[trial] = helpers.estimate(trial, lambda: trial.estimate(source.reshaped(shape).work))
+        return known[trial]
+
+    climbs = []
     for key in STEPS:
         start = _now(shape, key)
         if start is None or (key == "batch" and source.kind == "module"):
             continue
-        found.append(_climb(key, start, source.limits.get(key), attempt))
-    return tuple(piece for piece in found if piece is not None)
+        climbs.append(_climb(key, start, source.limits.get(key), partial(trial, key)))
+    return tuple(piece for piece in together(climbs, ask, helpers) if piece is not None)
 
 
-def _micro_batch(plan: Plan, shape: Shape) -> tuple[list[Technique], Shape, int]:
+def _micro_batch(found: Estimate, shape: Shape) -> tuple[list[Technique], Shape, int]:
     """Return techniques, the shape of one micro-batch, and how many to run: what is asked is how large one may be.
 
     With accumulation two are run, for the second one meets the gradients of the first.
     """
-    techniques = [make_technique(text) for text in plan.techniques]
+    techniques = [make_technique(text) for text in found.techniques]
     others = [technique for technique in techniques if technique.name != "accumulation"]
-    if plan.estimate.micro_batches == 1:
+    if found.micro_batches == 1:
         return others, shape, 1
-    rows = -(-(shape.batch or 1) // plan.estimate.micro_batches)
+    rows = -(-(shape.batch or 1) // found.micro_batches)
     return [*others, make_technique("accumulation", {"micro_batches": 2})], replace(shape, batch=rows), 2
 
 
@@ -114,9 +133,13 @@ def _now(shape: Shape, key: str) -> int | None:
     return max(value) if isinstance(value, tuple) else value
 
 
-def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int], Estimate | None]) -> Largest | None:
-    first = attempt(key, start)
-    if first is None or not first.fit:
+def _climb(key: str, start: int, limit: int | None, trial: Callable[[int], Trial]) -> Piece[Largest | None]:
+    """Climb with one size; a size that the model does not take ends the way like a limit of its own."""
+    try:
+        first = yield (trial(start),)
+    except (ConfigError, ModelError):
+        return None
+    if not first.fit:
         return None
     known = {start: first.fit}
     best, least_bad = (start, first), None
@@ -124,8 +147,9 @@ def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int]
         guess = _guess(known, best[0], least_bad, STEPS[key], limit)
         if guess is None or guess == best[0]:
             break
-        tried = attempt(key, guess)
-        if tried is None:
+        try:
+            tried = yield (trial(guess),)
+        except (ConfigError, ModelError):
             least_bad, limit = guess, guess - STEPS[key]
             continue
         known[guess] = tried.fit
@@ -137,7 +161,7 @@ def _climb(key: str, start: int, limit: int | None, attempt: Callable[[str, int]
         by = "model"
     else:
         by = "memory" if least_bad is not None and least_bad - best[0] <= max(STEPS[key], CLOSE * best[0]) else "tried"
-    return Largest(key=key, value=best[0], peak_total=best[1].peak_total, limited_by=by)
+    return Largest(key=key, value=best[0], needed=best[1].fit.needed, peak_total=best[1].peak_total, limited_by=by)
 
 
 def _guess(known: dict[int, Fit], best: int, least_bad: int | None, step: int, limit: int | None) -> int | None:

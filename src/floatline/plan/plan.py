@@ -12,15 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from floatline.errors import ConfigError
 from floatline.hardware import Hardware, resolve
 from floatline.plan.advice import Advice, advise
 from floatline.plan.allocator import AllocatorSettings
-from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.estimate import Estimate
 from floatline.plan.export import recipe_of
 from floatline.plan.ladder import Rejected, Rung
+from floatline.plan.parallel import ALONE, Alone
 from floatline.plan.probe import Probe, probe
 from floatline.plan.search import climb
 from floatline.plan.traces import TraceCache, rank_count
+from floatline.plan.trial import Trial
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Workload
@@ -29,6 +32,8 @@ from floatline.techniques.registry import technique_class
 
 Progress = Callable[[str, int], None]
 """(what is tried now, how many trials are done) -> None."""
+MANY_LAYERS = 20
+"""Layers from which a trial takes a second or so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,7 @@ class Plan:
             "ladder": [
                 {
                     "added": rung.added,
+                    "needed": rung.estimate.fit.needed,
                     "peak_total": rung.estimate.peak_total,
                     "saved": rung.saved,
                     "slowdown": rung.slowdown,
@@ -118,33 +124,59 @@ class Trials:
         work: What is planned.
         hardware: For which device.
         precision: In which precision.
-        settings: Further arguments of `estimate`.
+        settings: Further arguments of `Trial`.
+        traces: Traces of the workload.
         progress: Told before each trial.
+        helpers: Who makes estimates beside this process.
     """
 
     def __init__(
-        self, work: Workload, hardware: Hardware, precision: str | Policy, settings: dict[str, Any], progress: Progress
+        self,
+        work: Workload,
+        hardware: Hardware,
+        precision: str | Policy,
+        settings: dict[str, Any],
+        traces: TraceCache,
+        progress: Progress,
+        helpers: Alone = ALONE,
     ) -> None:
         self.work, self.hardware, self.precision = work, hardware, precision
-        self.settings, self.progress = settings, progress
+        self.settings, self.traces, self.progress, self.helpers = settings, traces, progress, helpers
         self.known: dict[tuple[str, str, str, int], Estimate] = {}
 
-    def __call__(
+    def __call__(self, techniques: Sequence[Technique | str]) -> Estimate:
+        """Return the estimate with these techniques on the plan's device."""
+        return self.ask(self.trial(techniques))
+
+    def foresee(self, *combinations: Sequence[Technique | str]) -> None:
+        """Say which techniques may be asked for next, likeliest first; no more than there are helpers."""
+        self.helpers.foresee(*map(self.trial, combinations[: self.helpers.count]))
+
+    def trial(
         self,
         techniques: Sequence[Technique | str],
         hardware: Hardware | None = None,
         precision: str | Policy | None = None,
-    ) -> Estimate:
-        """Return the estimate with these techniques, on the plan's device or another."""
-        hardware, precision = hardware or self.hardware, precision or self.precision
-        ranks = rank_count()
-        key = (" ".join(sorted(map(str, techniques))), hardware.name, str(precision), ranks)
+        ranks: int | None = None,
+    ) -> Trial:
+        """Return the trial of techniques, on the plan's device or another, or on several."""
+        hardware, ranks = hardware or self.hardware, ranks or rank_count()
+        names = ", ".join(make_technique(technique).name for technique in techniques) or "the plain step"
+        return Trial(
+            hardware=hardware,
+            precision=precision or self.precision,
+            techniques=tuple(techniques),
+            ranks=ranks,
+            told=f"{names} on {ranks if ranks > 1 else ''} {hardware.name}".replace("  ", " "),
+            **self.settings,
+        )
+
+    def ask(self, trial: Trial) -> Estimate:
+        """Return the estimate of a trial."""
+        key = (" ".join(sorted(map(str, trial.techniques))), trial.hardware.name, str(trial.precision), trial.ranks)
         if key not in self.known:
-            names = ", ".join(make_technique(technique).name for technique in techniques) or "the plain step"
-            self.progress(
-                f"{names} on {ranks if ranks > 1 else ''} {hardware.name}".replace("  ", " "), len(self.known)
-            )
-            self.known[key] = estimate(self.work, hardware, precision, techniques, quick=True, **self.settings)
+            self.progress(trial.told, len(self.known))
+            self.known[key] = self.helpers.estimate(trial, lambda: trial.estimate(self.work, self.traces))
         return self.known[key]
 
 
@@ -161,6 +193,7 @@ def plan(
     advice: bool = True,
     traces: TraceCache | None = None,
     progress: Progress = lambda what, done: None,
+    helpers: Alone = ALONE,
 ) -> Plan:
     """Find the fastest combination of techniques with which `work` fits on `hardware`.
 
@@ -176,21 +209,24 @@ def plan(
         advice: Where nothing fits, look for what would (a larger GPU, more of them, adapters).
         traces: Traces of this workload to take from and to add to; GPUs of one capability share them.
         progress: Called before each trial with what is tried and how many are done.
+        helpers: Processes that make estimates of the same workload meanwhile; the plan is the same without.
 
     Returns:
         The plan; `.fits` says whether there is one that fits.
 
     Raises:
-        ConfigError: An unknown name, or fixed choices that exclude each other.
+        ConfigError: An unknown name, fixed choices that exclude each other, or one that `exclude` names.
         ModelError: The model cannot run without values.
     """
     hardware = resolve(hardware)
     fixed = [make_technique(technique) for technique in techniques]
-    _check_names(exclude)
+    _check_names(exclude, fixed)
     choice = resolve_precision(precision, hardware)
     facts = probe(work)
-    settings = {"max_grad_norm": max_grad_norm, "allocator": allocator, "traces": traces or TraceCache(work)}
-    trials = Trials(work, hardware, choice.policy, settings, progress)
+    if facts.layers >= MANY_LAYERS:
+        helpers.start()
+    settings = {"max_grad_norm": max_grad_norm, "allocator": allocator}
+    trials = Trials(work, hardware, choice.policy, settings, traces or TraceCache(work), progress, helpers)
     found = climb(facts, trials, fixed, exclude, exact)
     pieces = advise(found, trials) if advice and not found.estimate.fit else ()
     return Plan(
@@ -209,6 +245,10 @@ def plan(
     )
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
+def _check_names(exclude: Sequence[str], fixed: Sequence[Technique]) -> None:
+    for name in exclude:
         technique_class(name)
+        if any(technique.name == name for technique in fixed):
+            raise ConfigError(
+                f"{name} is excluded, and it is one of the techniques to keep", hint="leave one of them out"
+            )

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
+from floatline.errors import ConfigError
+from floatline.observe.failures import explained
 from floatline.observe.fake import faking
 from floatline.observe.fake_model import fake_model
 from floatline.step import Workload
@@ -53,11 +56,12 @@ def probe(work: Workload) -> Probe:
     """Look at a workload's model, batch and optimizer.
 
     Raises:
-        ModelError: The model cannot be built without memory.
+        ConfigError: The model has no parameters.
+        ModelError: The model cannot be built without memory, or one of the factories fails.
     """
-    with faking() as mode:
+    with explained(), faking() as mode:
         model = fake_model(work, mode)
-        optimizer = work.build_optimizer(model)
+        optimizer = _optimizer(work, model)
         with _disable_current_modes(), unset_fake_temporarily():
             batch = work.build_batch()
         layers = repeated_layers(model)
@@ -75,6 +79,16 @@ def probe(work: Workload) -> Probe:
             eager="eager" in implementations,
             attention_note=_attention_note(implementations, attention_modules(model)),
         )
+
+
+def _optimizer(work: Workload, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer; of a model that is frozen as a whole, for adapters to come, over all of it."""
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ConfigError(
+            f"{type(model).__name__} has no parameters, there is nothing to train", hint="plan a model that has some"
+        )
+    return work.optimizer([parameter for parameter in parameters if parameter.requires_grad] or parameters)
 
 
 def _rows(batch: Any) -> int:

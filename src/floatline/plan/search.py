@@ -10,8 +10,9 @@ It is a greedy search: it finds a plan from which nothing can be left out, not t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from floatline.errors import FloatlineError
 from floatline.plan.estimate import Estimate
@@ -19,9 +20,18 @@ from floatline.plan.ladder import Candidate, Rejected, Rung, candidates, most_mi
 from floatline.plan.probe import Probe
 from floatline.techniques import Technique, make_technique
 
-Attempt = Callable[[Sequence[Technique]], Estimate]
 SAVES_NOTHING = 0.005
 """Share of the peak below which a technique is left out again."""
+
+
+class Attempt(Protocol):
+    """Techniques -> estimate."""
+
+    def __call__(self, techniques: Sequence[Technique]) -> Estimate:
+        """Return the estimate."""
+
+    def foresee(self, *combinations: Sequence[Technique]) -> None:
+        """Say which may be asked for after the next one, likeliest first, for helpers to begin with."""
 
 
 @dataclass
@@ -54,8 +64,9 @@ def climb(probe: Probe, attempt: Attempt, fixed: Sequence[Technique], exclude: S
     bottom = attempt(fixed)
     found = Found(list(fixed), bottom, [Rung(added="", estimate=bottom, saved=0, slowdown=1.0)])
     taken = {technique.name for technique in fixed}
+    ladder = candidates(probe)
     for again in (False, True):  # what saved nothing may save now that the peak lies elsewhere
-        for candidate in candidates(probe):
+        for place, candidate in enumerate(ladder):
             if found.estimate.fit:
                 break
             if candidate.name in taken or (again and candidate.name in {used.name for used in found.techniques}):
@@ -64,9 +75,11 @@ def climb(probe: Probe, attempt: Attempt, fixed: Sequence[Technique], exclude: S
             if reason:
                 _reject(found, candidate.name, reason)
             else:
+                allowed = [c for c in ladder[place:] if c.name not in taken and not _excluded(c, exclude, exact)]
+                _foresee(found, [c for c in allowed if not c.worth(probe, found.estimate)], attempt)
                 _try(found, candidate, attempt, again)
     if found.estimate.fit:
-        _prune(found, attempt, len(fixed))
+        _prune(found, attempt, len(fixed), probe)
         _widen(found, attempt, probe)
     _say_unneeded(found, probe, taken)
     _say_changes(found, probe, taken)
@@ -79,10 +92,24 @@ def _excluded(candidate: Candidate, exclude: Sequence[str], exact: bool) -> str:
     return f"changes the numbers ({candidate.changes})" if exact and candidate.changes else ""
 
 
+def _foresee(found: Found, upcoming: Sequence[Candidate], attempt: Attempt) -> None:
+    """Foresee the rungs above the first of `upcoming`, as if each one stayed and none were enough."""
+    climbed, techniques = [], found.techniques
+    for candidate in upcoming:
+        techniques = _with(techniques, make_technique(candidate.text))
+        climbed.append(techniques)
+    attempt.foresee(*climbed[1:])
+
+
+def _with(techniques: Sequence[Technique], technique: Technique) -> list[Technique]:
+    """Return the techniques with one more, in place of its like."""
+    return [*(other for other in techniques if other.name != technique.name), technique]
+
+
 def _try(found: Found, candidate: Candidate, attempt: Attempt, again: bool) -> None:
     technique = make_technique(candidate.text)
-    others = [other for other in found.techniques if other.name != technique.name]
-    estimate = _survived(attempt, [*others, technique])
+    techniques = _with(found.techniques, technique)
+    estimate = _survived(attempt, techniques)
     if isinstance(estimate, str):
         _reject(found, candidate.name, estimate)
         return
@@ -93,7 +120,7 @@ def _try(found: Found, candidate: Candidate, attempt: Attempt, again: bool) -> N
     if kept or not again:
         found.ladder.append(Rung(added=str(technique), estimate=estimate, saved=saved, slowdown=slowdown, kept=kept))
     if kept:
-        found.techniques, found.estimate = [*others, technique], estimate
+        found.techniques, found.estimate = techniques, estimate
     else:
         where = f"the peak lies in {before.timeline.op} of {before.timeline.module or 'the top'}"
         _reject(found, candidate.name, f"saves {max(0, saved) / 2**20:.0f} MiB here: {where}")
@@ -114,14 +141,20 @@ def _survived(attempt: Attempt, techniques: Sequence[Technique]) -> Estimate | s
         return f"the model does not run with it: {type(error).__name__}: {said}"
 
 
-def _prune(found: Found, attempt: Attempt, fixed: int) -> None:
+def _prune(found: Found, attempt: Attempt, fixed: int, probe: Probe) -> None:
     """Take off what the run fits without, the dearest first; the last one added was needed."""
     cost = {rung.added: rung.slowdown for rung in found.ladder}
     trials = sorted(found.techniques[fixed:-1], key=lambda technique: -cost.get(str(technique), 1.0))
-    for technique in trials:
+    for place, technique in enumerate(trials):
         if technique.name == "accumulation" or _is_needed(found, technique):  # the first is widened instead
             continue
         rest = [other for other in found.techniques if other is not technique]
+        off = [other for other in trials[place + 1 :] if other.name != "accumulation" and not _is_needed(found, other)]
+        numbers = _numbers(found, probe)
+        attempt.foresee(
+            *([other for other in rest if other is not later] for later in off),
+            *([_cut(rest, numbers[len(numbers) // 2])] if numbers else []),
+        )
         estimate = _survived(attempt, rest)
         if not isinstance(estimate, str) and estimate.fit:
             found.techniques, found.estimate = rest, estimate
@@ -142,21 +175,32 @@ def _is_needed(found: Found, technique: Technique) -> bool:
 
 def _widen(found: Found, attempt: Attempt, probe: Probe) -> None:
     """Cut the batch into as few equal micro-batches as fit: search the divisors of its rows."""
-    if not any(rung.added.startswith("accumulation") and rung.kept for rung in found.ladder):
-        return
-    others = [technique for technique in found.techniques if technique.name != "accumulation"]
-    most = most_micro_batches(probe.rows)
-    numbers = [number for number in range(1, most) if probe.rows % number == 0]
+    numbers, techniques = _numbers(found, probe), found.techniques
     low, high = 0, len(numbers)  # numbers[high:] fit
     while low < high:
         middle = (low + high) // 2
-        cut = [make_technique("accumulation", {"micro_batches": numbers[middle]})] if numbers[middle] > 1 else []
-        estimate = _survived(attempt, [*others, *cut])
+        halves = [(begin, end) for begin, end in ((middle + 1, high), (low, middle)) if begin < end]
+        attempt.foresee(*(_cut(techniques, numbers[(begin + end) // 2]) for begin, end in halves))
+        trial = _cut(techniques, numbers[middle])
+        estimate = _survived(attempt, trial)
         if not isinstance(estimate, str) and estimate.fit:
             high = middle
-            found.techniques, found.estimate = [*others, *cut], estimate
+            found.techniques, found.estimate = trial, estimate
         else:
             low = middle + 1
+
+
+def _numbers(found: Found, probe: Probe) -> list[int]:
+    """Return the numbers of micro-batches that are fewer than the ladder's; none where it cuts nothing."""
+    if not any(rung.added.startswith("accumulation") and rung.kept for rung in found.ladder):
+        return []
+    return [number for number in range(1, most_micro_batches(probe.rows)) if probe.rows % number == 0]
+
+
+def _cut(techniques: Sequence[Technique], number: int) -> list[Technique]:
+    """Return the techniques with the batch cut into `number` micro-batches; 1 leaves it whole."""
+    others = [technique for technique in techniques if technique.name != "accumulation"]
+    return [*others, make_technique("accumulation", {"micro_batches": number})] if number > 1 else others
 
 
 def _reject(found: Found, name: str, reason: str) -> None:

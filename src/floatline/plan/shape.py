@@ -12,6 +12,9 @@ from typing import Any
 
 from floatline.errors import ConfigError
 
+MOST = 2**31 - 1
+"""Largest count of anything; more is a slip of the finger, and torch's sizes end not far above."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -26,7 +29,7 @@ class Shape:
         seconds: Length of an audio sample, at 16 kHz.
 
     Raises:
-        ConfigError: A size below 1 (`images` below 0).
+        ConfigError: A size below 1 (`images` below 0), or one that no tensor has.
     """
 
     batch: int | None = None
@@ -41,6 +44,8 @@ class Shape:
             value, least = getattr(self, name), 0 if name == "images" else 1
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name}={value!r} is not a whole number of {least} or more", hint="give a count")
+            if value is not None and value > MOST:
+                raise ConfigError(f"{name}={value} is more than any tensor holds, {MOST}", hint="give a smaller count")
         if self.image is not None and (
             len(self.image) != 2 or not all(isinstance(n, int) and n > 0 for n in self.image)
         ):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from floatline.hardware import Hardware, resolve
 from floatline.plan.allocator import AllocatorSettings
-from floatline.plan.estimate import Estimate, estimate
+from floatline.plan.estimate import Estimate
+from floatline.plan.parallel import ALONE, Alone
 from floatline.plan.traces import TraceCache
+from floatline.plan.trial import Trial
 from floatline.precision.choose import choose
 from floatline.step import Workload
 
@@ -44,6 +47,7 @@ def component_table(
     *,
     allocator: AllocatorSettings | None = None,
     traces: TraceCache | None = None,
+    helpers: Alone = ALONE,
 ) -> dict[tuple[str, str], Estimate]:
     """Return the estimate of each column: the plain step, no technique on it.
 
@@ -53,14 +57,29 @@ def component_table(
         progress: Called before each estimate.
         allocator: Settings of the caching allocator; None for torch's defaults.
         traces: Traces of this workload to take from and to add to.
+        helpers: Processes that make estimates of the same workload meanwhile.
     """
     made: dict[tuple[str, str], Estimate] = {}
-    for mode, precision in columns(hardware):
-        progress(f"{mode} in {precision}", len(made))
-        made[mode, precision] = estimate(
-            work, hardware, precision, mode=mode, quick=True, allocator=allocator, traces=traces
-        )
+    for column, trial in trials_of_table(hardware, allocator).items():
+        progress(trial.told, len(made))
+        made[column] = helpers.estimate(trial, partial(trial.estimate, work, traces))
     return made
+
+
+def trials_of_table(
+    hardware: str | Hardware, allocator: AllocatorSettings | None = None
+) -> dict[tuple[str, str], Trial]:
+    """Return the trial of each column; helpers may begin with them early."""
+    return {
+        (mode, precision): Trial(
+            hardware=resolve(hardware),
+            precision=precision,
+            mode=mode,
+            allocator=allocator,
+            told=f"{mode} in {precision}",
+        )
+        for mode, precision in columns(hardware)
+    }
 
 
 def components(estimate: Estimate) -> dict[str, int]:

@@ -240,17 +240,19 @@ def _held(estimate: Estimate) -> Section:
 def _largest(report: PlanReport) -> Section:
     rows = [
         (
-            _SIZES.get(found.key, found.key),
+            "samples a batch" if found.key == "batch" and report.plan is None else _SIZES.get(found.key, found.key),
             _value(found.value),
-            bytes_text(found.peak_total),
+            bytes_text(found.needed),
             _LIMITS.get(found.limited_by, ""),
         )
         for found in report.largest
     ]
     return Section(
         name="largest",
-        title="Largest that fits with this plan, one size raised at a time",
-        headings=("size", "up to", "peak", "then"),
+        title="Largest that fits "
+        + ("with this plan" if report.plan else "in inference")
+        + ", one size raised at a time",
+        headings=("size", "up to", "needs", "then"),
         rows=tuple(rows),
         numeric=frozenset({1, 2}),
     )
@@ -281,8 +283,11 @@ def notes(report: PlanReport) -> list[str]:
 def comparison_sentence(comparison: Comparison) -> str:
     """Return the answer for all GPUs as one sentence."""
     smallest = comparison.smallest
-    if smallest is None or smallest.plan is None:
+    if smallest is None or smallest.estimate is None:
         return f"{comparison.source.name} fits on no GPU of the catalog."
+    if smallest.plan is None:
+        where = f"from {smallest.hardware.name} on, there in {smallest.estimate.precision}"
+        return f"Inference with {comparison.source.name} fits {where}."
     with_what = ", ".join(smallest.plan.techniques) or "no technique"
     return f"{comparison.source.name} fits from {smallest.hardware.name} on, there with {with_what}."
 
@@ -292,25 +297,31 @@ def comparison_section(comparison: Comparison) -> Section:
     return Section(
         name="gpus",
         title="All GPUs",
-        headings=("GPU", "memory", "precision", "plain step", "verdict", "needs", "with", "update"),
+        headings=("GPU", "memory", "precision", "plain step", "verdict", "needs", "with", _whole(comparison)),
         rows=tuple(_gpu(row) for row in comparison.rows),
         numeric=frozenset({1, 3, 5, 7}),
         hint="Techniques by name; plan for one GPU to see their settings. Times are a roofline model, for comparing.",
     )
 
 
+def _whole(comparison: Comparison) -> str:
+    """Return what the times are of."""
+    modes = {row.estimate.mode for row in comparison.rows if row.estimate is not None}
+    return "forward" if modes == {"inference"} else "update"
+
+
 def _gpu(row: Row) -> tuple[str, ...]:
     memory = bytes_text(row.hardware.memory)
-    if row.plan is None:
+    found, plain = row.estimate, row.plain
+    if found is None or plain is None:
         return (row.hardware.name, memory, DASH, DASH, "cannot run", DASH, row.refused, DASH)
-    plan = row.plan
     return (
         row.hardware.name,
         memory,
-        plan.precision,
-        bytes_text(plan.ladder[0].estimate.fit.needed),
-        plan.verdict,
-        bytes_text(plan.estimate.fit.needed),
-        ", ".join(text.partition("(")[0] for text in plan.techniques) or DASH,
-        seconds_text(plan.estimate.time.seconds),
+        found.precision,
+        bytes_text(plain.fit.needed),
+        found.verdict,
+        bytes_text(found.fit.needed),
+        ", ".join(text.partition("(")[0] for text in found.techniques) or DASH,
+        seconds_text(found.time.seconds),
     )

@@ -24,7 +24,8 @@ class Workload:
         optimizer: `callable(params) -> Optimizer`.
 
     Raises:
-        ConfigError: `model` or `batch` is neither a factory nor the thing itself, or `optimizer` is not callable.
+        ConfigError: `model` or `batch` is neither a factory nor the thing itself, or `loss` or `optimizer` is not
+            callable.
 
     Example:
         >>> work = Workload(model=lambda: nn.Linear(4, 1), batch=lambda: (torch.ones(2, 4),),
@@ -43,6 +44,10 @@ class Workload:
             raise ConfigError(
                 f"Workload(model=...) is a {type(self.model).__name__}",
                 hint="pass a module or a factory of one",
+            )
+        if self.loss is not None and not callable(self.loss):
+            raise ConfigError(
+                f"Workload(loss=...) is a {type(self.loss).__name__}", hint="pass a function (model, batch) -> scalar"
             )
         if not callable(self.optimizer) or isinstance(self.optimizer, torch.optim.Optimizer):
             raise ConfigError(

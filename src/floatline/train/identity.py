@@ -71,7 +71,7 @@ def with_free_keys(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, A
     """
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
     before, now = stored.get("techniques", {}), asked.get("techniques", {})
-    techniques = with_free_techniques(before, {**before, **now} if asked.get("memory") == "auto" else now)
+    techniques = with_free_techniques(before, {**before, **now} if asked.get("memory") else now)
     for key, value in flatten(asked).items():
         if _is_free(key) and value is not None and not key.startswith("techniques."):
             section, name = key.split(".")

@@ -28,7 +28,7 @@ def joined(recipe: Recipe) -> Iterator[OneRank]:
     Raises:
         ConfigError: torchrun has started several processes, but the recipe does not shard.
     """
-    if "sharding" not in recipe.techniques:
+    if "sharding" not in recipe.used:
         with told_by_the_first():
             _refuse_idle_ranks()
         yield OneRank()

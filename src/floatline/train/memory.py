@@ -1,6 +1,10 @@
 """`memory: auto`: plan before training, then train with what the plan chose.
 
     floatline train recipe.yaml memory=auto hardware=t4
+    floatline train recipe.yaml memory=exact techniques.offload=false
+
+With `exact` only techniques that leave the numbers of training as they are, to rounding; one that the recipe sets to
+false is not used.
 
 The plan's techniques join the recipe's own as automatic choices, each with what it saves; how the batch is cut becomes
 `train.micro_batch_size`. In the resolved recipe `memory` is null, for the choice is made: it runs the same again, and a
@@ -87,7 +91,7 @@ def _choice(technique: Technique, plan: Plan, asked: RecipeWork) -> AutomaticCho
         return AutomaticChoice(f"techniques.{technique.name}", write_techniques([technique])[technique.name], reason)
     parts: Any = getattr(technique, "micro_batches", 1)
     reason = f"{parts} micro-batches of {asked.rows} samples, the fewest with which the plan fits"
-    if "packing" in asked.recipe.techniques:
+    if "packing" in asked.recipe.used:
         return AutomaticChoice("techniques.accumulation", write_techniques([technique])["accumulation"], reason)
     return AutomaticChoice("train.micro_batch_size", -(-asked.rows // parts), reason)
 
@@ -95,17 +99,17 @@ def _choice(technique: Technique, plan: Plan, asked: RecipeWork) -> AutomaticCho
 def summary(plan: Plan) -> str:
     """Return the verdict in a sentence."""
     capacity = size(plan.estimate.fit.capacity)
-    text = f"planned for {plan.hardware.name}: {plan.verdict}, {size(plan.estimate.peak_total)} of {capacity}"
+    text = f"planned for {plan.hardware.name}: {plan.verdict}, {size(plan.estimate.fit.needed)} of {capacity}"
     if plan.verdict == "tight":
         text += f", chance {plan.estimate.fit.chance:.0%}"
     bottom = plan.ladder[0].estimate
     if len(plan.techniques) > len(bottom.techniques):
-        text += f"; {size(bottom.peak_total)} without what the plan adds"
+        text += f"; {size(bottom.fit.needed)} without what the plan adds"
     return text
 
 
 def _does_not_fit(plan: Plan) -> MemoryExceededError:
-    least = min(rung.estimate.peak_total for rung in plan.ladder)
+    least = min(rung.estimate.fit.needed for rung in plan.ladder)
     used = ", ".join(make_technique(text).name for text in plan.techniques) or "no technique"
     return MemoryExceededError(
         f"{plan.probe.model} in {plan.precision} needs {size(least)} on {plan.hardware.name}, which has "

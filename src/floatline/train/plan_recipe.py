@@ -117,14 +117,14 @@ def workload_of(
         ).good
     resolved = resolve_recipe(recipe, train_samples=len(samples))
     cut = decides_cut(recipe)
-    fixed = [t for t in recipe.make_techniques() if t.name != "accumulation" or "packing" in recipe.techniques]
+    fixed = [t for t in recipe.make_techniques() if t.name != "accumulation" or "packing" in recipe.used]
     rows = recipe.train.batch_size // ranks
     return RecipeWork(
         recipe=resolved.recipe,
         hardware=resolve_hardware(recipe.hardware),
         precision=str(resolved.policy),
         techniques=tuple(fixed),
-        exclude=("accumulation",) if cut else (),
+        exclude=(*recipe.left_out, *(("accumulation",) if cut else ())),
         max_grad_norm=recipe.train.max_grad_norm,
         batch=_largest_batch(resolved.recipe, encoder, samples, rows, cut),
         rows=rows,
@@ -137,7 +137,7 @@ def decides_cut(recipe: Recipe) -> bool:
 
     Packed rows are cut by the step; there accumulation is a technique like others.
     """
-    techniques = recipe.techniques
+    techniques = recipe.used
     if "packing" in techniques:
         return False
     budget = techniques.get("batching", {}).get("max_tokens")
@@ -147,8 +147,8 @@ def decides_cut(recipe: Recipe) -> bool:
 def _largest_batch(recipe: Recipe, encoder: SampleEncoder, samples: Sequence[Sample], rows: int, cut: bool) -> Any:
     """Return the largest update as the loader would hand it out, but the largest micro-batch first."""
     lengths, images = sizes_of(samples, encoder)
-    budget = recipe.techniques.get("batching", {}).get("max_tokens")
-    order = largest_update(lengths, images, rows, by_tokens=bool(budget) or "packing" in recipe.techniques)
+    budget = recipe.used.get("batching", {}).get("max_tokens")
+    order = largest_update(lengths, images, rows, by_tokens=bool(budget) or "packing" in recipe.used)
     size = (recipe.train.micro_batch_size or rows) if cut and not budget else rows
     groups = (
         cut_by_tokens(order, lengths, budget)
@@ -178,6 +178,7 @@ def plan_recipe(asked: RecipeWork, progress: Progress = lambda what, done: None,
         "max_grad_norm": asked.max_grad_norm,
         **settings,
         "exclude": (*asked.exclude, *settings.get("exclude", ())),
+        "exact": asked.recipe.memory == "exact" or settings.get("exact", False),
     }
     with fake_ranks(asked.ranks) if asked.sharded else nullcontext():
         return plan(asked.work, asked.hardware, progress=progress, **given)

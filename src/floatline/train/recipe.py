@@ -98,11 +98,14 @@ class Recipe(Section):
     data: DataSection
     precision: str = Field("auto", description="a policy: auto, bf16-mixed, '16-mixed; lm_head=32', ...")
     hardware: str = Field("auto", description="whose rules apply: auto (this machine), cpu, t4, a100-40gb, ...")
-    memory: Literal["auto"] | None = Field(
-        None, description="auto plans before training and adds the techniques with which the run fits; null adds none"
+    memory: Literal["auto", "exact"] | None = Field(
+        None,
+        description="auto plans before training and adds the techniques with which the run fits, exact only those that "
+        "leave the numbers as they are; null adds none",
     )
     techniques: dict[str, Any] = Field(
-        {}, description="technique: its settings; true takes the defaults, null or false leaves it out"
+        {},
+        description="technique: its settings; true takes the defaults, null or false leaves it out, of a plan too",
     )
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
@@ -116,6 +119,16 @@ class Recipe(Section):
             ConfigError: Unknown technique or setting, or a value that does not fit.
         """
         return read_techniques(self.techniques)
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The techniques that the recipe uses, name -> settings; not those that a plan is told to leave out."""
+        return {name: value for name, value in self.techniques.items() if value is not False}
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of techniques that a plan must not use."""
+        return tuple(name for name, value in self.techniques.items() if value is False)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -149,7 +149,7 @@ def _fill_micro_batch(filler: _Filler, batch_size: int) -> int:
 
     Packing and a token budget make the micro-batches themselves, of whole batches.
     """
-    techniques = filler.tree["techniques"]
+    techniques = {name: value for name, value in filler.tree["techniques"].items() if value}
     budget = techniques.get("batching", {}).get("max_tokens")
     cutter = f"techniques.batching.max_tokens={budget}" if budget else "packing" if "packing" in techniques else ""
     asked = filler.get("train.micro_batch_size")

@@ -138,7 +138,7 @@ def _resolve(
         resolved.choices = [AutomaticChoice(**choice) for choice in manifest.values.get("choices", [])]
     else:
         forget_plan(rundir)
-        if recipe.memory == "auto":
+        if recipe.memory is not None:
             planned, choices = choose()
             resolved = resolve_recipe(planned, train_samples=train_samples)
             resolved.choices = choices + resolved.choices

@@ -3,6 +3,8 @@
     techniques: {checkpointing: {every: 2}, offload: true}
     techniques: [checkpointing(every=2), offload]             # the same
 
+With `memory: auto` a technique that is null or false is not used by the plan either.
+
 After reading, each technique has all its settings spelled out, so that a resolved recipe runs the same again when a
 default changes.
 """
@@ -15,6 +17,7 @@ from typing import Any
 
 from floatline.errors import ConfigError
 from floatline.techniques import Technique, make_technique
+from floatline.techniques.registry import technique_class
 
 FREE_TECHNIQUES = frozenset(
     {
@@ -77,7 +80,8 @@ def technique_tree(tree: dict[str, Any]) -> dict[str, Any]:
     if twice:
         raise ConfigError(f"techniques names {twice} twice", hint="keep one of them")
     policy = next((technique.policy for technique in techniques if technique.name == "precision"), None)  # type: ignore[attr-defined]
-    tree = {**tree, "techniques": write_techniques([t for t in techniques if t.name != "precision"])}
+    left_out = _left_out(given) if tree.get("memory") else {}
+    tree = {**tree, "techniques": write_techniques([t for t in techniques if t.name != "precision"]) | left_out}
     if policy is None:
         return tree
     if tree.get("precision", "auto") not in ("auto", policy):
@@ -85,6 +89,14 @@ def technique_tree(tree: dict[str, Any]) -> dict[str, Any]:
             f"precision={tree['precision']} and techniques.precision.policy={policy}", hint="give one of them"
         )
     return {**tree, "precision": policy}
+
+
+def _left_out(given: Any) -> dict[str, bool]:
+    """Return what a recipe that is planned says no to; else there is nobody to be told."""
+    names = [name for name, value in given.items() if value in (None, False)] if isinstance(given, Mapping) else []
+    for name in names:
+        technique_class(name)
+    return dict.fromkeys(names, False)
 
 
 def with_free_techniques(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
