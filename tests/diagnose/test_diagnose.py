@@ -185,6 +185,14 @@ def test_a_parameter_that_only_the_optimizer_knows():
     assert (finding.phase, finding.op) == ("backward", "sqrt") and scale.grad is None
 
 
+def test_a_learning_rate_that_is_a_tensor():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
+    optimizer.param_groups[0]["lr"].fill_(NAN)
+    finding = fl.diagnose(lambda: model(torch.ones(3, 4)).sum(), model, optimizer)
+    assert (finding.phase, finding.cause_name) == ("optimizer", "hyperparameter")
+
+
 def test_low_bit_state_of_an_optimizer_is_put_back():
     optim = pytest.importorskip("torchao.optim")
     model, x = nn.Linear(128, 64), torch.randn(3, 128)

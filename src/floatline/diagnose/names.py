@@ -38,6 +38,9 @@ class Names:
                 if isinstance(value, torch.Tensor):
                     self._add(value, "buffer", plain_name(f"{owner}.{key}".lstrip(".")))
         for group in optimizer.param_groups if optimizer is not None else ():
+            for key, value in group.items():
+                if isinstance(value, torch.Tensor):
+                    self._add(value, "optimizer", key)
             for parameter in group["params"]:
                 name = self.of(parameter)[1]
                 for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():

@@ -42,7 +42,7 @@ def tell(origin: Origin, phase: str, tensor: str, model: nn.Module, names: Names
         replay: Runs the step again; None to try nothing.
     """
     if origin.kind is Kind.GIVEN:
-        return _given(origin, names, replay)
+        return _given(origin, phase, names, replay)
     cause = cause_of(origin)
     if phase == "backward" and not origin.derivative and origin.phase == "forward" and gone_over(origin):
         phase = "forward"  # only the format was too small; that the loss is finite all the same is luck
@@ -75,10 +75,12 @@ def _samples(origin: Origin, names: Names) -> tuple[int, ...]:
     return out.rows if out is not None and out.shape and out.shape[0] in sizes and len(sizes) == 1 else ()
 
 
-def _given(origin: Origin, names: Names, replay: Replay | None) -> Finding:
+def _given(origin: Origin, damage: str, names: Names, replay: Replay | None) -> Finding:
     """A tensor was bad before the step began."""
     assert origin.tensor is not None
     phase, name = names.of(origin.tensor)
+    if damage == "optimizer" and phase == "input":
+        phase, name = "optimizer", name or "number"  # a learning rate as a tensor, say
     name = name or origin.variable
     rows = bad_rows(origin.tensor) if phase == "input" else ()
     called = name or "a tensor without a name"
@@ -89,7 +91,7 @@ def _given(origin: Origin, names: Names, replay: Replay | None) -> Finding:
         module=name.rpartition(".")[0] if phase in ("parameter", "buffer") else origin.spot.module,
         location=origin.spot.user,
         cause=f"{what} was not finite before the step" + (f", in samples {_listed(rows)}" if rows else ""),
-        cause_name=_CAUSES[phase],
+        cause_name="hyperparameter" if phase == "optimizer" and " of " not in name else _CAUSES[phase],
         evidence=Evidence(inputs=(replace(origin.inputs[0], name=name or origin.inputs[0].name),)),
         remedy=_REMEDIES[phase].format(name=called, rows=f"the samples {_listed(rows)} " if rows else ""),
         tried=(_without(origin.tensor, rows, names, replay),) if replay and phase == "input" else (),
