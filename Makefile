@@ -36,9 +36,10 @@ check: $(STAMP) ## lint, types, doctests, generated docs up to date
 soak: $(STAMP) ## long runs: kill a training run at 20 random moments and compare
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests
 
-bench: $(STAMP) ## step overhead beside other trainers, import times; prints tables
+bench: $(STAMP) ## overhead of step and guard beside others, import times; prints tables
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/finite_overhead.py
 	$(BIN)/python benchmarks/import_time.py
 
 techniques: $(STAMP) ## what each technique saves and costs, beside peers, on one process and on two (half an hour)
