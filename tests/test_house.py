@@ -10,7 +10,7 @@ import floatline
 
 ROOT = Path(floatline.__file__).parent
 FLOORS = [
-    {"errors", "formats", "select", "patch", "callable_module", "hardware"},
+    {"errors", "files", "formats", "select", "patch", "callable_module", "hardware"},
     {"precision", "techniques"},
     {"step"},
     {"observe"},

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from floatline.errors import BundleError
+from floatline.files import write_whole
 from floatline.step.sentinel import Judged, Rerun
 from floatline.step.step import TrainStep
 from floatline.step.verdict import Skip
@@ -185,9 +186,7 @@ def load_bundle(path: str | Path) -> Bundle:
 
 def write_finding(path: Path, finding: Mapping[str, Any]) -> None:
     """Put what a diagnosis found beside a bundle, atomically."""
-    temporary = path / f".{FINDING}.writing"
-    temporary.write_text(json.dumps(finding, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path / FINDING)
+    write_whole(path / FINDING, (json.dumps(finding, indent=1, default=str) + "\n").encode())
 
 
 def put_into(bundle: Bundle, model: nn.Module) -> None:

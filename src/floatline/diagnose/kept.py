@@ -9,8 +9,6 @@ Not covered: Python attributes that a model sets, and an optimizer's own attribu
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from floatline.observe.finite import storage_of
 from floatline.observe.finite.ran import written
+from floatline.step.random_state import python_random_kept
 from floatline.step.undisturbed import undisturbed
 
 
@@ -44,7 +43,7 @@ def everything_kept(
     training = [(module, module.training) for module in model.modules()]
     try:
         leaves = [*_parameters(model, optimizer), *others]
-        with undisturbed(model), _gradients_aside(leaves), _python_random():
+        with undisturbed(model), _gradients_aside(leaves), python_random_kept():
             yield copies
     finally:
         copies.restore()
@@ -116,20 +115,6 @@ def _gradients_aside(tensors: list[torch.Tensor]) -> Iterator[None]:
     finally:
         for tensor, gradient in before:
             tensor.grad = gradient
-
-
-@contextmanager
-def _python_random() -> Iterator[None]:
-    """Context after which the random numbers of Python, and of numpy where it is in use, go on as before it."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(state)
 
 
 def _copied(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

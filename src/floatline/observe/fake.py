@@ -20,8 +20,6 @@ sparse layouts): one clear error that names the op and the line.
 from __future__ import annotations
 
 import copy
-import random
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -44,6 +42,7 @@ from floatline.observe import selection, values
 from floatline.observe.layouts import LAID_OUT
 from floatline.observe.operands import check_operands
 from floatline.observe.real import asking, is_small, really, tensors_in, where
+from floatline.step.random_state import python_random_kept
 from floatline.techniques.placement import fakes_change_in_place
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -240,15 +239,8 @@ def faking(make: Callable[[FakeTensorMode], Faking] = Faking) -> Iterator[Faking
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
     """Put the generators back as they are now: a real run after a plan draws what it would have drawn without."""
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(state)
+    with python_random_kept(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from floatline.errors import ConfigError
+from floatline.files import write_whole
 from floatline.report.curves import finite
 from floatline.report.drawing import crosses, dots
 from floatline.report.gradient_plots import clip_lines, element_curves, paint_bad, scale_log
 from floatline.report.gradients import Gradients, load_gradients
 from floatline.report.heat_map import RED, choose, span
-from floatline.report.html import write_whole
 from floatline.report.need import need
 from floatline.report.svg import BAD, GOOD, SERIES, STYLE, series_style
 from floatline.report.units import count_text, number_text, times

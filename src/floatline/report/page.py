@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from floatline.errors import ConfigError
+from floatline.files import write_whole
 from floatline.report.compare import Table, differences, labels, side_by_side
 from floatline.report.drawing import POINTS, Plot
 from floatline.report.gallery import CARDS, IMAGE_BUDGET, Card, gallery
 from floatline.report.gradient_plots import gradient_plots
 from floatline.report.heat_map import ROWS as ROWS_OF_LAYERS
 from floatline.report.heat_map import HeatMap, heat_map
-from floatline.report.html import render_template, write_whole
+from floatline.report.html import render_template
 from floatline.report.load import RunData
 from floatline.report.need import need
 from floatline.report.overlay import compare_plots

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from floatline.errors import ConfigError, did_you_mean
+from floatline.files import check_writable, write_whole
 from floatline.plan.command import SETTINGS
 from floatline.plan.side_by_side import Comparison
-from floatline.report.html import check_writable, write_whole
 from floatline.report.plan_page import comparison_html, plan_html
 from floatline.report.plan_sections import headline
 from floatline.report.plan_text import comparison_text, plan_text

@@ -7,13 +7,12 @@ so a run of any length rewrites it as often as it likes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from floatline.errors import ConfigError, RunDirectoryError
+from floatline.errors import ConfigError
+from floatline.files import write_whole
 from floatline.step.clip_advice import ClipAdvice, NormDistribution, advise
 from floatline.step.gradient_history import Point, Points, Rows
 from floatline.step.gradient_report import GradientReport
@@ -114,16 +113,4 @@ def write_gradients(record: Mapping[str, Any], path: str | Path) -> Path:
         RunDirectoryError: It cannot be written.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise RunDirectoryError(
-            f"cannot write {path}: {error.strerror}", hint="give a path you may write to, on a disk with room"
-        ) from error
-    return path
+    return write_whole(path / FILE if path.is_dir() else path, (json.dumps(record) + "\n").encode())

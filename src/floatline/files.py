@@ -1,0 +1,43 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from floatline.errors import RunDirectoryError
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write a file that appears complete or not at all; missing directories are made.
+
+    Raises:
+        RunDirectoryError: It cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise RunDirectoryError(
+            f"cannot write {path}: {error.strerror}", hint="give a path you may write to, on a disk with room"
+        ) from error
+    return path
+
+
+def check_writable(path: str | Path) -> None:
+    """Say beforehand that a file cannot be written.
+
+    Raises:
+        RunDirectoryError: It is a directory, or lies where nothing may be written.
+    """
+    path = Path(path)
+    near = next(parent for parent in (path.absolute().parent, *path.absolute().parents) if parent.exists())
+    if path.is_dir() or not near.is_dir() or not os.access(near, os.W_OK):
+        reason = "it is a directory" if path.is_dir() else f"{near} is not a directory that you may write to"
+        raise RunDirectoryError(f"cannot write {path}: {reason}", hint="give a path you may write to")
