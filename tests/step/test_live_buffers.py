@@ -101,7 +101,7 @@ def test_a_model_without_such_buffers_keeps_no_copies():
         buffers.keep()
         model(torch.ones(1, 3))
         buffers.settle(True)
-    assert not buffers._kept and buffers.norm() is None
+    assert not buffers._kept and buffers.fault() is None
 
 
 def test_select_on_the_device_is_the_same():

@@ -16,6 +16,8 @@ from torch import nn
 
 from floatline.step import random_state
 
+_BUFFER = "buffer "
+
 
 class Stateful(Protocol):
     """What can be put back: torch's own protocol."""
@@ -45,9 +47,12 @@ class Snapshot:
         self.updates: int = self._step["updates"]
 
     def is_finite(self) -> bool:
-        """Say whether all of its floats are."""
-        floats = [*self._tensors.values(), *_leaves(self._step)]
-        return all(bool(torch.isfinite(_local(t)).all()) for t in floats if t.is_floating_point())
+        """Say whether all of its floats are; a buffer may hold infinities, for it may be a mask."""
+        floats = [*(t for name, t in self._tensors.items() if not _is_buffer(name)), *_leaves(self._step)]
+        buffers = [t for name, t in self._tensors.items() if _is_buffer(name) and t.is_floating_point()]
+        return all(bool(torch.isfinite(t).all()) for t in floats if t.is_floating_point()) and not any(
+            bool(torch.isnan(t).any()) for t in buffers
+        )
 
     def restore(self, model: nn.Module, step: Stateful, extras: Mapping[str, Stateful]) -> None:
         """Put everything back; random numbers last, for loading may draw some."""
@@ -63,7 +68,11 @@ class Snapshot:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *((f"buffer {name}", buffer) for name, buffer in model.named_buffers())]
+    return [*model.named_parameters(), *((_BUFFER + name, buffer) for name, buffer in model.named_buffers())]
+
+
+def _is_buffer(name: str) -> bool:
+    return name.startswith(_BUFFER)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
