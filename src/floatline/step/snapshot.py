@@ -58,8 +58,12 @@ class Snapshot:
         """Put everything back; random numbers last, for loading may draw some."""
         with torch.no_grad():
             for name, tensor in _tensors(model):
-                if name in self._tensors:
-                    _local(tensor).copy_(self._tensors[name])
+                saved = self._tensors.get(name, tensor)
+                if _is_buffer(name) and saved.shape != tensor.shape:  # a mask that has grown since
+                    owner, _, key = name.removeprefix(_BUFFER).rpartition(".")
+                    model.get_submodule(owner)._buffers[key] = saved.to(tensor.device, copy=True)
+                elif saved is not tensor:
+                    _local(tensor).copy_(saved)
         step.load_state_dict(_copied(self._step))
         for name, extra in extras.items():
             if name in self._extras:
