@@ -115,7 +115,7 @@ class LiveBuffers:
         """Say whether the live buffers are as they may be, for the verdict.
 
         NaN is a fault, and so is an infinity, unless the buffer held one before or has another shape now: a mask that
-        grows with the sequence.
+        grows with the sequence. Running statistics must be finite, whatever they were.
 
         Returns:
             0-d fp32: 0, or NaN for a fault; None where no buffer is live.
@@ -124,8 +124,12 @@ class LiveBuffers:
         for (owner, key), pair in zip(self._live, self._kept, strict=False):
             now = owner._buffers[key]
             if now is not None and now.is_floating_point() and now.numel():
-                same = pair is not None and pair[1].shape == now.shape
-                found.append((now, pair[1] if same and pair is not None else torch.full_like(now, float("inf"))))
+                if isinstance(owner, _STATISTICS):
+                    found.append((now, torch.zeros_like(now)))
+                elif pair is not None and pair[1].shape == now.shape:
+                    found.append((now, pair[1]))
+                else:
+                    found.append((now, torch.full_like(now, float("inf"))))
         if not found:
             return None
         # the largest magnitude and not the 2-norm, which overflows for buffers that are finite
@@ -143,6 +147,12 @@ class LiveBuffers:
 def _largest(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the largest magnitude of each tensor, NaN where it holds one."""
     return torch.stack(torch._foreach_norm(tensors, float("inf"), dtype=torch.float32))
+
+
+def masks(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that may hold infinities: all but running statistics."""
+    return {f"{prefix}{'.' if prefix else ''}{key}" for prefix, owner in model.named_modules()
+            if not isinstance(owner, _STATISTICS) for key in owner._buffers}  # fmt: skip
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

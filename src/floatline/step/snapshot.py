@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from floatline.step import random_state
+from floatline.step.live_buffers import masks
 
 _BUFFER = "buffer "
 
@@ -41,6 +42,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, step: Stateful, extras: Mapping[str, Stateful]) -> None:
         self._tensors = {name: _to_host(tensor) for name, tensor in _tensors(model)}
+        self._masks = {_BUFFER + name for name in masks(model)} & self._tensors.keys()
         self._step = _copied(step.state_dict())
         self._extras = {name: _copied(extra.state_dict()) for name, extra in extras.items()}
         self._random = random_state.capture()
@@ -48,11 +50,11 @@ class Snapshot:
 
     def is_finite(self) -> bool:
         """Say whether all of its floats are; a buffer may hold infinities, for it may be a mask."""
-        floats = [*(t for name, t in self._tensors.items() if not _is_buffer(name)), *_leaves(self._step)]
-        buffers = [t for name, t in self._tensors.items() if _is_buffer(name) and t.is_floating_point()]
-        return all(bool(torch.isfinite(t).all()) for t in floats if t.is_floating_point()) and not any(
-            bool(torch.isnan(t).any()) for t in buffers
-        )
+        may = [self._tensors[name] for name in self._masks]
+        strict = [t for name, t in self._tensors.items() if name not in self._masks]
+        return all(
+            bool(torch.isfinite(t).all()) for t in (*strict, *_leaves(self._step)) if t.is_floating_point()
+        ) and not any(bool(torch.isnan(t).any()) for t in may if t.is_floating_point())
 
     def restore(self, model: nn.Module, step: Stateful, extras: Mapping[str, Stateful]) -> None:
         """Put everything back; random numbers last, for loading may draw some."""
