@@ -162,3 +162,27 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(BundleError, match="could not be written"):
         save_bundle(failed(step_of()), tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_odd_content_of_a_batch_is_kept_as_plain_values_and_loads(tmp_path):
+    import enum
+    from collections import namedtuple
+
+    import numpy as np
+
+    from floatline.diagnose.bundle import Bundle, _plain, load_bundle, save_bundle
+    from floatline.step.sentinel import Rerun
+
+    Pair = namedtuple("Pair", "a b")
+    kind = enum.IntEnum("Kind", "ONE TWO")
+    batch = {"flag": True, "none": None, "large": 2**80, "pair": Pair(torch.ones(2), 1), 3: "by number",
+             "enum": kind.TWO, "numpy": np.float64(0.5), "array": np.ones(2),
+             "nested": [({"x": torch.zeros(1)},)]}  # fmt: skip
+    left_out = []
+    plain = _plain(batch, "micro-batch 0", left_out)
+    assert left_out == ["micro-batch 0.array (ndarray)"]
+    bundle = Bundle(update=1, what="loss", reason="", reruns=(Rerun(plain, (torch.get_rng_state(),)),))
+    read = load_bundle(save_bundle(bundle, tmp_path)).reruns[0].batch
+    assert read["flag"] is True and read["none"] is None and read["large"] == 2**80 and read[3] == "by number"
+    assert read["pair"][1] == 1 and read["enum"] == 2 and read["numpy"] == 0.5
+    assert type(read["nested"][0]) is tuple

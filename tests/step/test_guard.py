@@ -255,3 +255,15 @@ def test_a_fault_of_the_forward_leaves_the_loss_scale_alone():
     scale = step.scaling.current()
     step(torch.full((4, 3), NAN))
     assert step.scaling.current() == scale
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_stop_leaves_the_weights_alone_also_where_one_micro_batch_alone_is_bad(bad):
+    step = make(on_fault="stop")
+    step(torch.ones(2, 3))
+    before = snapshot(step)
+    batches = [torch.ones(2, 3), torch.ones(2, 3)]
+    batches[bad] = torch.full((2, 3), NAN)
+    with pytest.raises(NonFiniteError, match="stopped at the first fault: the loss was nan at update 2"):
+        step(batches)
+    assert same(before, step) and all(p.grad is None for p in step.model.parameters())

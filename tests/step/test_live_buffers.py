@@ -101,7 +101,7 @@ def test_a_model_without_such_buffers_keeps_no_copies():
         buffers.keep()
         model(torch.ones(1, 3))
         buffers.settle(True)
-    assert not buffers._kept and buffers.norm() is None
+    assert not buffers._kept and buffers.fault() is None
 
 
 def test_select_on_the_device_is_the_same():
@@ -117,3 +117,69 @@ def test_select_on_the_device_is_the_same():
     for finite in (True, False):
         buffers.settle(torch.tensor(finite).as_subclass(OnDevice))
     assert model.running_mean.isfinite().all() and type(model.running_mean) is torch.Tensor
+
+
+class Masked(nn.Module):
+    """Attention whose causal mask, a buffer with -inf, grows with the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("mask", self.causal(2), persistent=False)
+
+    @staticmethod
+    def causal(length):
+        return torch.full((length, length), -torch.inf).triu(1)
+
+    def forward(self, x):
+        length = x.shape[1]
+        if len(self.mask) < length:
+            self.mask = self.causal(length)
+        hidden = self.fc(x)
+        return (hidden @ hidden.mT + self.mask[:length, :length]).softmax(-1) @ hidden
+
+
+@pytest.mark.parametrize("on_fault", ["skip", "rollback"])
+def test_a_mask_of_infinities_is_no_fault(on_fault):
+    step = step_of(Masked(), on_fault=on_fault, snapshot_every=2)
+    assert all(bool(step(torch.randn(2, length, 3)).applied) for length in (2, 3, 4, 4, 5))
+    assert not step(torch.full((2, 3, 3), NAN)).applied and step.sentinel.faults == 1
+    assert bool(step(torch.randn(2, 3, 3)).applied)
+
+
+def test_a_buffer_at_the_end_of_its_format_is_no_fault():
+    class Full(Average):
+        def forward(self, x):
+            self.mean.fill_(torch.finfo(torch.float32).min)
+            return self.fc(x)
+
+    step = step_of(Full(replaces=False))
+    assert all(bool(step(torch.randn(2, 3)).applied) for _ in range(3))
+
+
+@pytest.mark.parametrize("check", ["before-backward", "after-backward"])
+def test_a_buffer_that_an_earlier_micro_batch_has_spoilt_is_as_before_the_update(check):
+    torch.manual_seed(0)
+    step = step_of(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), check=check)
+    step(torch.randn(4, 3))
+    before = [b.clone() for b in step.model.buffers()]
+    step([torch.randn(4, 3) * 1e25, torch.randn(4, 3)])  # the loss is finite, the running variance is not
+    assert step.sentinel.skips[-1].what is What.BUFFER
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.buffers(), strict=True))
+    assert bool(step(torch.randn(4, 3)).applied)
+
+
+def test_a_live_buffer_may_go_away():
+    class Forgets(Average):
+        def forward(self, x):
+            self.mean = None if self.mean is not None and self.mean.any() else torch.ones(3)
+            return self.fc(x)
+
+    step = step_of(Forgets(replaces=True))
+    assert [bool(step(torch.full((2, 3), v)).applied) for v in (1.0, 1.0, NAN, 1.0, 1.0)] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]

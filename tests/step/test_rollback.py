@@ -1,11 +1,14 @@
 """Going back: everything is as at the snapshot, counts stay, and it happens so many times only."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import floatline as fl
 from floatline.errors import NonFiniteError
+from floatline.step.readback import Readback
 
 NAN = float("nan")
 
@@ -109,3 +112,84 @@ def test_weights_that_are_bad_from_the_start_have_no_snapshot():
         step.model[0].weight[0, 0] = NAN
     with pytest.raises(NonFiniteError, match="no finite snapshot to go back to"):
         step(torch.randn(4, 3))
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Verdicts that are read an update later, as those of a GPU are."""
+    monkeypatch.setattr(Readback, "waits", property(lambda readback: True))
+
+
+def test_a_late_verdict_is_counted_once_and_takes_the_update_after_it_back(late):
+    step = make()
+    outs = [step(torch.full((4, 3), NAN) if n in (5, 6) else torch.randn(4, 3)) for n in range(8)]
+    assert [out.rolled_back_to for out in outs] == [None] * 6 + [4, None] and step.updates == 5
+    assert [(skip.step, skip.rolled_back_to) for skip in step.sentinel.skips] == [(6, 4)]  # 7 has never been
+
+
+def test_a_late_verdict_on_the_update_of_a_snapshot_goes_back(late):
+    step = make()
+    outs = [step(torch.full((4, 3), NAN) if n == 3 else torch.randn(4, 3)) for n in range(5)]
+    assert [out.rolled_back_to for out in outs] == [None, None, None, 0, None]
+
+
+def test_a_late_verdict_can_be_asked_for(late):
+    step = make()
+    step(torch.randn(4, 3))
+    assert step.read_verdict() is None
+    step(torch.full((4, 3), NAN))
+    assert step.read_verdict() == 0 == step.updates and step.sentinel.faults == 1
+
+
+def test_a_loaded_checkpoint_forgets_snapshots_and_keeps_the_count():
+    step = make(snapshot_every=2)
+    for _ in range(3):
+        step(torch.randn(4, 3))
+    step(torch.full((4, 3), NAN))
+    step(torch.randn(4, 3))
+    state, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(step.model.state_dict())
+    for _ in range(4):
+        step(torch.randn(4, 3))
+    step.model.load_state_dict(weights)
+    step.load_state_dict(state)
+    assert step.rollback.total == 1
+    assert step(torch.full((4, 3), NAN)).rolled_back_to == 3  # where it was loaded, not an update of another time
+    old = {key: value for key, value in state.items() if key != "rollback"}
+    step.load_state_dict(old)
+    assert step.rollback.total == 0
+
+
+TECHNIQUES = ["accumulation(micro_batches=2)", "low_bit_optimizer", "optimizer_offload", "optimizer_in_backward",
+              "kahan", "stochastic_rounding"]  # fmt: skip
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("bad_at", [0, 3, 4])
+def test_with_techniques_it_goes_on_as_a_run_that_never_met_the_fault(technique, bad_at):
+    """Before the first update, in the update of a snapshot, right after it."""
+
+    def run(bad):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        step = fl.TrainStep(
+            model,
+            lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+            "bf16-true",
+            loss=lambda m, b: m(b["x"].bfloat16()).float().square().mean(),
+            max_grad_norm=None if technique == "optimizer_in_backward" else 1.0,
+            guard=fl.Guard(on_fault="rollback", snapshot_every=4, check="after-backward"),
+            techniques=[technique],
+            count=lambda batch: len(batch["x"]),
+        )
+        batches = [torch.randn(4, 3, generator=torch.Generator().manual_seed(n)) for n in range(7)]
+        if bad:
+            for batch in batches[:bad_at]:
+                step({"x": batch})
+            batches = batches[step({"x": torch.full((4, 3), NAN)}).rolled_back_to :]
+        for batch in batches:
+            step({"x": batch})
+        return step
+
+    plain, other = run(False), run(True)
+    assert other.rollback.total == 1 and plain.updates == other.updates == 7
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True))

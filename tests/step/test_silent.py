@@ -1,5 +1,7 @@
 """Trouble without NaN: each alarm rings for its trouble, and none for healthy training."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +44,49 @@ def test_swallowed_updates_with_the_cure():
     assert "updates swallowed" in names(step) or "no weight changed" in names(step)
     alarm = step.sentinel.alarms[0]
     assert "kahan or stochastic_rounding" in alarm.remedy and "% of the sampled weights" in alarm.text
+
+
+@pytest.mark.parametrize("technique", ["kahan", "stochastic_rounding"])
+def test_what_rounding_cuts_off_is_not_lost_with_the_cure(technique):
+    model = net()
+    step = fl.TrainStep(model, lambda p: torch.optim.AdamW(p, lr=1e-5), "bf16-true", techniques=[technique],
+                        loss=lambda m, b: m(b).float().square().mean(), guard=fl.Guard(sample_every=2))  # fmt: skip
+    for _ in range(12):
+        step(torch.randn(16, 8))
+    assert step.silent.swallowed > 0.5 and "updates swallowed" not in names(step)
+
+
+@pytest.mark.parametrize("check", ["before-backward", "after-backward"])
+def test_an_update_that_was_not_made_is_not_swallowed(check):
+    model = net()
+    step = fl.TrainStep(model, torch.optim.AdamW(model.parameters(), lr=1e-2), "bf16-true",
+                        loss=lambda m, b: m(b).float().square().mean(),
+                        guard=fl.Guard(sample_every=2, check=check))  # fmt: skip
+    for batch in (torch.randn(16, 8), torch.full((16, 8), float("nan")), torch.randn(16, 8)):
+        step(batch)
+    assert names(step) == []
+
+
+def test_the_end_of_a_schedule_is_no_trouble():
+    model = net()
+    step = fl.TrainStep(model, torch.optim.AdamW(model.parameters(), lr=1e-2), "bf16-true",
+                        loss=lambda m, b: (m(b).float() - b.float().sum(1, True)).square().mean(),
+                        schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 60),
+                        guard=fl.Guard(sample_every=30))  # fmt: skip
+    for _ in range(60):
+        step(torch.randn(16, 8))
+    assert names(step) == []
+
+
+def test_a_converged_model_is_no_trouble():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "32-true",
+                        loss=lambda m, b: (m(b) - b.sum(1, True)).square().mean(),
+                        guard=fl.Guard(sample_every=100))  # fmt: skip
+    for _ in range(700):
+        step(torch.randn(16, 8))
+    assert "updates swallowed" not in names(step) and step.silent.swallowed > 0.5
 
 
 def test_no_weight_changed():
@@ -105,6 +150,28 @@ def test_a_bad_buffer_that_nobody_writes():
     for _ in range(4):
         step(torch.randn(16, 8))
     assert names(step) == ["buffer not finite"]
+
+
+HEALTHY = {
+    "mostly zero": lambda r: max(0.0, r.gauss(-0.5, 0.5)),
+    "around zero": lambda r: r.gauss(0.0, 1e-3),
+    "heavy tail": lambda r: r.expovariate(1.0),
+    "plateau": lambda r: 0.6931 + r.gauss(0.0, 1e-5) + 0.01 * (r.random() < 0.02),
+    "constant": lambda r: 0.5,
+}
+
+
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_noise_is_no_spike(kind):
+    spikes, numbers = Spikes(), random.Random(0)
+    rung = sum(spikes.score(HEALTHY[kind](numbers)) is not None for _ in range(1000))
+    assert rung <= (kind == "heavy tail")  # one value in thousands does lie out there
+
+
+def test_a_loss_that_stays_where_it_jumped_to_is_no_spike_for_ever():
+    spikes, numbers = Spikes(), random.Random(0)
+    scores = [spikes.score(numbers.gauss(1.0 if n < 100 else 5.0, 0.1)) for n in range(300)]
+    assert scores[100] is not None and sum(score is not None for score in scores) == 32
 
 
 @settings(max_examples=50, deadline=None)

@@ -115,6 +115,25 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_both(ranks, name):
     assert [rank[name]["scales"] for rank in ranks] == [expected, expected]
 
 
+def test_a_bad_batch_on_one_rank_takes_both_back(ranks):
+    for rank in ranks:
+        found = rank["goes back"]
+        assert found["back"] == [None, None, None, 2, None] and found["updates"] == 3
+        _, second, third, fourth, fifth = found["weights"]
+        assert torch.equal(second, fourth) and not torch.equal(second, third) and not torch.equal(fourth, fifth)
+    pairs = zip(*(rank["goes back"]["weights"] for rank in ranks), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", ["replicas nan", "replicas statistics", "replicas go back"])
+def test_replicas_of_the_caller_decide_together(ranks, name):
+    for rank in ranks:
+        found = rank[name]
+        assert found["applied"] == [True, True, True, False, True] and found["buffers"]
+        assert found["back"] == [None, None, None, 2 if name == "replicas go back" else None, None]
+    assert torch.equal(ranks[0][name]["weights"], ranks[1][name]["weights"])
+
+
 def test_a_rank_with_fewer_micro_batches_joins_in(ranks, scenarios):
     one = scenarios.make("gpt2", techniques=())
     output = one(scenarios.ZOO["gpt2"].batch(0))

@@ -224,7 +224,44 @@ TOGETHER = [
     and not contract.conflict(spec, SPECS["sharding"])
 ]
 
+
+def goes_back(rank, size):
+    """On rank 1 the fourth update is not finite; both go back to the second."""
+    model = Poisoned(ZOO["mlp"].build())
+    guard = fl.Guard(on_fault="rollback", snapshot_every=2)
+    step = fl.TrainStep(model, adamw, "32-true", loss=zoo.squares, techniques=["sharding"], guard=guard)
+    outputs, weights = [], []
+    for update in range(5):
+        model.factor = float("nan") if update == 3 and rank == 1 else 1.0
+        outputs.append(step(share(step, ZOO["mlp"].batch(update), rank, size)))
+        weights.append(full_tensor(next(model.parameters()).detach()).clone())
+    return {"back": [out.rolled_back_to for out in outputs], "updates": step.updates, "weights": weights}
+
+
+def replicas(rank, size, on_fault, bad):
+    """The caller's own DistributedDataParallel; on rank 1 one update has a bad loss, or bad statistics alone."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model = nn.parallel.DistributedDataParallel(inner)
+    guard = fl.Guard(on_fault=on_fault, snapshot_every=2)
+    step = fl.TrainStep(model, adamw, "32-true", loss=lambda m, b: m(b).square().mean(), guard=guard)
+    outputs = []
+    for update in range(5):
+        batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * update + rank))
+        outputs.append(step(batch * bad if update == 3 and rank == 1 else batch))
+    return {
+        "applied": [bool(out.applied) for out in outputs],
+        "back": [out.rolled_back_to for out in outputs],
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        "buffers": all(bool(buffer.isfinite().all()) for buffer in model.buffers()),
+    }
+
+
 OTHER = {
+    "goes back": goes_back,
+    "replicas nan": lambda r, n: replicas(r, n, "skip", float("nan")),
+    "replicas statistics": lambda r, n: replicas(r, n, "skip", 1e25),
+    "replicas go back": lambda r, n: replicas(r, n, "rollback", float("nan")),
     "a nan": lambda r, n: one_bad_rank(r, n, "32-true", float("nan")),
     "an overflow": lambda r, n: one_bad_rank(r, n, "16-mixed", 3e4),
     "uneven micro-batches": uneven_micro_batches,

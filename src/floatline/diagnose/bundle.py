@@ -35,7 +35,7 @@ VERSION = 1
 FILE = "bundle.pt"
 FINDING = "finding.json"
 MOST_BYTES = 2**31
-_PLAIN = (bool, int, float, str, type(None))
+_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +110,30 @@ def _device_name(device: torch.device) -> str:
 
 
 def _plain(value: Any, path: str, left_out: list[str]) -> Any:
-    """Return a batch as tensors and plain values on the host."""
+    """Return a batch as tensors and plain values on the host; an enum or numpy's float is one."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, _PLAIN):
+        return (
+            value.detach().as_subclass(torch.Tensor).cpu() if type(value) in _TENSORS else _tell(value, path, left_out)
+        )
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
     if hasattr(value, "items"):
-        return {str(key): _plain(inner, f"{path}.{key}", left_out) for key, inner in dict(value.items()).items()}
+        return {_key(key): _plain(inner, f"{path}.{key}", left_out) for key, inner in dict(value.items()).items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_plain(inner, f"{path}[{i}]", left_out) for i, inner in enumerate(value)])
+        inner = [_plain(each, f"{path}[{i}]", left_out) for i, each in enumerate(value)]
+        return inner if isinstance(value, list) else tuple(inner)
+    return _tell(value, path, left_out)
+
+
+def _key(key: Any) -> Any:
+    return key if type(key) in (int, str) else str(key)
+
+
+def _tell(value: Any, path: str, left_out: list[str]) -> None:
     left_out.append(f"{path} ({type(value).__name__})")
-    return None
 
 
 def save_bundle(bundle: Bundle, directory: Path) -> Path:
@@ -143,7 +156,7 @@ def save_bundle(bundle: Bundle, directory: Path) -> Path:
             os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)  # of an update that was made again after a rollback
         temporary.rename(final)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError, pickle.PicklingError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise BundleError(
             f"the bundle of update {bundle.update} could not be written to {directory}: {error}",

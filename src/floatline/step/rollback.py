@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,18 +20,22 @@ class Rollback:
         guard: How often, and how many times.
         model: The model of the step.
         step: The step.
+        any_rank: (flag) -> whether it is set on any rank, so that all of them take a snapshot or none.
 
     Attributes:
         extras: Name -> what is put back as well: an EMA, a data loader. Fill it before the first update.
         total: How often it went back in all.
     """
 
-    def __init__(self, guard: Guard, model: nn.Module, step: Stateful) -> None:
+    def __init__(
+        self, guard: Guard, model: nn.Module, step: Stateful, any_rank: Callable[[bool], bool] = lambda flag: flag
+    ) -> None:
         self.extras: dict[str, Stateful] = {}
         self.total = 0
         self._guard = guard
         self._model = model
         self._step = step
+        self._any_rank = any_rank
         self._snapshot: Snapshot | None = None
         self._times = 0
 
@@ -39,15 +44,19 @@ class Rollback:
         if self._guard.goes_back and self._snapshot is None:
             self._take()
 
+    def due(self, updates: int) -> bool:
+        """Say whether a snapshot is taken after so many updates."""
+        return self._guard.goes_back and updates % self._guard.snapshot_every == 0
+
     def after_update(self, updates: int) -> None:
         """Take a snapshot where one is due: the update is made, and its batch used up."""
-        if self._guard.goes_back and updates % self._guard.snapshot_every == 0:
+        if self.due(updates):
             self._take()
 
     def _take(self) -> None:
         """Snapshots that are not finite do not count."""
         fresh = Snapshot(self._model, self._step, self.extras)
-        if fresh.is_finite():
+        if not self._any_rank(not fresh.is_finite()):
             self._snapshot, self._times = fresh, 0
 
     def go_back(self, skip: Skip) -> int:
@@ -69,13 +78,16 @@ class Rollback:
                 f"{skip.reason}",
                 hint="diagnose the step (fl.diagnose), or raise guard.max_rollbacks",
             )
-        self._snapshot.restore(self._model, self._step, self.extras)
-        return self._snapshot.updates
+        snapshot, total = self._snapshot, self.total
+        snapshot.restore(self._model, self._step, self.extras)
+        self._snapshot, self.total = snapshot, total  # it loads the step, which forgets both
+        return snapshot.updates
 
     def state_dict(self) -> dict[str, Any]:
         """Return how often it went back, for a checkpoint."""
         return {"total": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; a snapshot that was taken before is not gone back to."""
         self.total = state["total"]
         self._snapshot = None  # of another time

@@ -217,6 +217,10 @@ class Sentinel:
     def state_dict(self) -> dict[str, Any]:
         """Return the counters, for a checkpoint."""
         self.flush()
+        return self.counts()
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counters, without an update that is still on its way."""
         return {
             "skipped": self.skipped,
             "faults": self.faults,

@@ -2,7 +2,7 @@
 
     gradients zero      the gradient norm is 0, several updates in a row
     loss spike          the loss is far above its recent median: robust z-score (x - median) / (1.4826 MAD)
-    updates swallowed   most sampled weights with a gradient keep their bits: the update is below half an ulp
+    updates swallowed   most sampled weights of a half format keep their bits: the update is below half an ulp
     no weight changed   no sampled weight has other bits than at the last look
     loss scale floor    the loss scale has fallen to 1
     little headroom     an activation is within a factor of 2 of its format's end
@@ -34,8 +34,12 @@ WINDOW = 64
 """Losses that a spike is measured against; none is called before half of them are there."""
 SPIKE = 12.0
 """Robust z-score of a spike. Losses of small batches have heavier tails than a normal distribution."""
+RANGE = 4.0
+"""Standard deviations that the highest of a window's losses counts for: a spike is three times as far out."""
 SWALLOWED = 0.5
 """Share of sampled weights that keep their bits, above which an update counts as swallowed."""
+PACE = 0.01
+"""Share of the highest learning rate so far, below which nobody expects weights to move."""
 FLOOR = 1.0
 HEADROOM_BITS = 1.0
 SAMPLE = 64
@@ -56,20 +60,37 @@ class Spikes:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._sorted: list[float] = []
+        self._row = 0
 
     def score(self, loss: float) -> float | None:
         """Return the robust z-score of a loss that is a spike, else None; a spike is not added to the window."""
         if len(self._recent) >= WINDOW // 2 and loss > self._sorted[-1]:
             middle = self._sorted[len(self._sorted) // 2]
-            spread = sorted(abs(other - middle) for other in self._sorted)[len(self._sorted) // 2]
-            z = (loss - middle) / (1.4826 * spread + 1e-3 * abs(middle) + 1e-12)
+            z = (loss - middle) / self._spread(middle)
             if z > SPIKE:
+                self._row += 1
+                if self._row == WINDOW // 2:  # no spike: the loss lies there now
+                    self._recent.clear()
+                    self._sorted.clear()
+                    self._row = 0
                 return z
+        self._row = 0
         if len(self._recent) == WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent[0])]
         self._recent.append(loss)
         insort(self._sorted, loss)
         return None
+
+    def _spread(self, middle: float) -> float:
+        """Return the window's spread in standard deviations of a normal distribution.
+
+        The largest of MAD, mean deviation (a loss that is 0 mostly has a MAD of 0) and a part of the range, which is
+        wide for losses with a heavy tail.
+        """
+        away = sorted(abs(other - middle) for other in self._sorted)
+        mad, mean = away[len(away) // 2], sum(away) / len(away)
+        reach = (self._sorted[-1] - middle) / RANGE
+        return max(1.4826 * mad, 1.2533 * mean, reach) + 1e-2 * abs(middle) + 1e-12
 
 
 class SilentTrouble:
@@ -80,6 +101,7 @@ class SilentTrouble:
         every: Updates between looks at samples; None never looks.
         alarm: Called with each alarm.
         buffers: For those that no forward writes.
+        carries: The optimizer keeps what rounding cuts off, so a weight that keeps its bits is no sign.
 
     Attributes:
         headroom: Module -> bits to overflow of its output, from the last look; only of modules that answer in a half
@@ -88,7 +110,12 @@ class SilentTrouble:
     """
 
     def __init__(
-        self, model: nn.Module, every: int | None, alarm: Callable[[Alarm], None], buffers: LiveBuffers
+        self,
+        model: nn.Module,
+        every: int | None,
+        alarm: Callable[[Alarm], None],
+        buffers: LiveBuffers,
+        carries: bool = False,
     ) -> None:
         self.model = model
         self.every = every
@@ -96,10 +123,12 @@ class SilentTrouble:
         self.swallowed: float | None = None
         self._raise = alarm
         self._buffers = buffers
+        self._carries = carries
         self._spikes = Spikes()
         self._zeros = 0
         self._quiet_until: dict[str, int] = {}
         self._before: list[torch.Tensor] | None = None
+        self._highest_rate = 0.0
         self._last: torch.Tensor | None = None
         self._waiting: list[tuple[int, Readback, Callable[[int, list[float]], None]]] = []
 
@@ -139,28 +168,49 @@ class SilentTrouble:
             moved = torch.cat([(_sample(p.grad) != 0).to(p.device) for p in trained if p.grad is not None])
             self._before.append(moved)
 
-    def after_update(self, step: int, parameters: list[torch.Tensor], groups: list[dict[str, Any]], scale: Any) -> None:
-        """Compare with the bits from before the update, and look at the loss scale and the buffers."""
+    def after_update(
+        self,
+        step: int,
+        parameters: list[torch.Tensor],
+        groups: list[dict[str, Any]],
+        scale: Any,
+        finite: torch.Tensor | bool = True,
+    ) -> None:
+        """Compare with the bits from before the update, and look at the loss scale and the buffers.
+
+        Args:
+            step: The update.
+            parameters: What the optimizer steps.
+            groups: Its groups, for their learning rates.
+            scale: The loss scale, 0-d; None without one.
+            finite: The verdict; an update that was not made moves nothing.
+        """
         before, self._before = self._before, None
-        rates = any(float(group.get("lr", 1.0)) != 0.0 for group in groups)
-        if before is not None and len(before) == 2 and rates:
+        if before is not None and len(before) == 2 and self._is_at_pace(groups):
             trained = [p for p in parameters if p.grad is not None and p.numel() and not p.grad.is_sparse]
             now = torch.cat([_sample(p).float() for p in trained])
             kept = ((now == before[0]) & before[1]).sum()
             same = (now == self._last).all() if self._last is not None and self._last.shape == now.shape else None
-            numbers = [kept.float(), before[1].sum().float(), *([same.float()] if same is not None else [])]
+            moving = torch.where(torch.as_tensor(finite).to(kept.device), before[1].sum(), 0)
+            numbers = [kept.float(), moving.float(), *([same.float()] if same is not None else [])]
             self._last = now
-            half = any(p.dtype in _HALVES for p in trained)
-            self._waiting.append((step, Readback.of(numbers), lambda s, values: self._moved(s, values, half)))
+            rounds = not self._carries and any(p.dtype in _HALVES for p in trained)  # fp32 keeps its bits on converging
+            self._waiting.append((step, Readback.of(numbers), lambda s, values: self._moved(s, values, rounds)))
         if scale is not None:
             self._waiting.append((step, Readback.of([scale]), self._scale))
         for name in self._buffers.bad() if self._is_on_cpu() else ():
             self._alarm(step, "buffer not finite", f"{name} holds NaN", "load it from a good checkpoint, or reset it")
 
+    def _is_at_pace(self, groups: list[dict[str, Any]]) -> bool:
+        """Say whether the learning rate is worth an update; at the end of a schedule it is meant not to be."""
+        rate = max((float(group.get("lr", 1.0)) for group in groups), default=0.0)
+        self._highest_rate = max(self._highest_rate, rate)
+        return rate > PACE * self._highest_rate
+
     def _is_on_cpu(self) -> bool:
         return next((p.device.type == "cpu" for p in self.model.parameters()), True)
 
-    def _moved(self, step: int, values: list[float], half: bool) -> None:
+    def _moved(self, step: int, values: list[float], rounds: bool) -> None:
         kept, with_gradient, *same = values
         if not with_gradient:
             return
@@ -172,18 +222,13 @@ class SilentTrouble:
                 f"no sampled weight has changed in the last {self.every} updates",
                 "look at the learning rate and at which parameters the optimizer has",
             )
-        elif self.swallowed > SWALLOWED:
-            cure = (
-                "keep fp32 weights (-mixed), or use the technique kahan or stochastic_rounding"
-                if half
-                else "raise the learning rate, the update is below half an ulp of the weights"
-            )
+        elif rounds and self.swallowed > SWALLOWED:
             self._alarm(
                 step,
                 "updates swallowed",
                 f"{self.swallowed:.0%} of the sampled weights that have a gradient did not change: rounding takes the "
                 "update away",
-                cure,
+                "keep fp32 weights (-mixed), or use the technique kahan or stochastic_rounding",
             )
 
     def _scale(self, step: int, values: list[float]) -> None:

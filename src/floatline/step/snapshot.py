@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from floatline.step import random_state
+from floatline.step.live_buffers import masks
+
+_BUFFER = "buffer "
 
 
 class Stateful(Protocol):
@@ -39,22 +42,30 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, step: Stateful, extras: Mapping[str, Stateful]) -> None:
         self._tensors = {name: _to_host(tensor) for name, tensor in _tensors(model)}
+        self._masks = {_BUFFER + name for name in masks(model)} & self._tensors.keys()
         self._step = _copied(step.state_dict())
         self._extras = {name: _copied(extra.state_dict()) for name, extra in extras.items()}
         self._random = random_state.capture()
         self.updates: int = self._step["updates"]
 
     def is_finite(self) -> bool:
-        """Say whether all of its floats are."""
-        floats = [*self._tensors.values(), *_leaves(self._step)]
-        return all(bool(torch.isfinite(_local(t)).all()) for t in floats if t.is_floating_point())
+        """Say whether all of its floats are; a buffer may hold infinities, for it may be a mask."""
+        may = [self._tensors[name] for name in self._masks]
+        strict = [t for name, t in self._tensors.items() if name not in self._masks]
+        return all(
+            bool(torch.isfinite(t).all()) for t in (*strict, *_leaves(self._step)) if t.is_floating_point()
+        ) and not any(bool(torch.isnan(t).any()) for t in may if t.is_floating_point())
 
     def restore(self, model: nn.Module, step: Stateful, extras: Mapping[str, Stateful]) -> None:
         """Put everything back; random numbers last, for loading may draw some."""
         with torch.no_grad():
             for name, tensor in _tensors(model):
-                if name in self._tensors:
-                    _local(tensor).copy_(self._tensors[name])
+                saved = self._tensors.get(name, tensor)
+                if _is_buffer(name) and saved.shape != tensor.shape:  # a mask that has grown since
+                    owner, _, key = name.removeprefix(_BUFFER).rpartition(".")
+                    model.get_submodule(owner)._buffers[key] = saved.to(tensor.device, copy=True)
+                elif saved is not tensor:
+                    _local(tensor).copy_(saved)
         step.load_state_dict(_copied(self._step))
         for name, extra in extras.items():
             if name in self._extras:
@@ -63,7 +74,11 @@ class Snapshot:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *((f"buffer {name}", buffer) for name, buffer in model.named_buffers())]
+    return [*model.named_parameters(), *((_BUFFER + name, buffer) for name, buffer in model.named_buffers())]
+
+
+def _is_buffer(name: str) -> bool:
+    return name.startswith(_BUFFER)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

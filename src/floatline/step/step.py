@@ -89,8 +89,9 @@ class _Accumulated:
         loss: 0-d, weighted over the micro-batches that count.
         left_out: Index and loss of those that do not.
         lost: Their share of the targets.
-        none: No backward was run.
+        none: There is no gradient to update with.
         reruns: The micro-batches, where somebody asks for them.
+        buffers: What `LiveBuffers.fault` says, of all ranks.
     """
 
     loss: torch.Tensor
@@ -98,6 +99,7 @@ class _Accumulated:
     lost: float = 0.0
     none: bool = False
     reruns: tuple[Rerun, ...] = ()
+    buffers: torch.Tensor | None = None
 
 
 class TrainStep:
@@ -188,9 +190,10 @@ class TrainStep:
         self._ordered: tuple[list[int], list[str]] = ([], [])
         self.buffers = LiveBuffers(self.model)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
-        self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers)
+        carries = any(self.stack.find(name) is not None for name in ("kahan", "stochastic_rounding"))
+        self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
-        self.rollback = Rollback(guard, self.model, self)
+        self.rollback = Rollback(guard, self.model, self, self._any_rank)
         together = self.stack.find("sharding") is not None or _is_distributed(self.model)
         if together and guard.check == "before-backward":
             raise ConfigError(
@@ -280,7 +283,7 @@ class TrainStep:
             if self.monitor is not None:
                 self._monitored(self.monitor, norms)
         grad_norm = grad_norm.to(loss.device)  # of gradients that are kept in host memory it comes from there
-        buffers = self.buffers.norm()
+        buffers = accumulated.buffers
         finite = self.sentinel.judge(loss, grad_norm, buffers)
         self._clip_gradients(parameters, grad_norm)
         looks = self.silent.due(self.updates + 1)
@@ -289,7 +292,8 @@ class TrainStep:
         if not self._in_backward:  # else it was made there, and asking for the verdict would wait for the device
             self.sentinel.make_update(self.optimizer, finite)
         if looks:
-            self.silent.after_update(self.updates + 1, parameters, self.optimizer.param_groups, self.scaling.tensor())
+            groups, scale = self.optimizer.param_groups, self.scaling.tensor()
+            self.silent.after_update(self.updates + 1, parameters, groups, scale, finite)
         self.masters.push_weights()
         return self._close(accumulated, grad_norm, finite, norms, buffers)
 
@@ -324,16 +328,27 @@ class TrainStep:
         left = tuple(place for place, _ in accumulated.left_out)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        skip = self.sentinel.record(judged)
-        back = self._go_back(skip) if skip is not None and skip.fault and not skip.made else None
+        back = self._go_back(self.sentinel.record(judged))
+        if back is None and self.rollback.due(self.updates):  # a snapshot waits for the device anyway
+            back = self.read_verdict()
         if back is None:
             self.rollback.after_update(self.updates)
         return StepOutput(loss, grad_norm, finite, left if not accumulated.none else (), back)
 
-    def _go_back(self, skip: Skip) -> int | None:
-        if not self.guard.goes_back:
+    def read_verdict(self) -> int | None:
+        """Read the verdict of the last update, which on CUDA may still be on its way, and go back if it says so.
+
+        Call it before what must not rest on a fault: a checkpoint, the end.
+
+        Returns:
+            The number of updates that the guard went back to, None where it did not.
+        """
+        return self._go_back(self.sentinel.flush())
+
+    def _go_back(self, skip: Skip | None) -> int | None:
+        if skip is None or not skip.fault or skip.made or not self.guard.goes_back:
             return None
-        counted = self.sentinel.state_dict()
+        counted = self.sentinel.counts()  # an update after it, whose verdict is on its way, has never been
         back = self.rollback.go_back(skip)
         self.sentinel.load_state_dict(counted)  # what was counted stays counted
         self.sentinel.skips[-1] = replace(skip, rolled_back_to=back)
@@ -406,8 +421,10 @@ class TrainStep:
         reruns: list[Rerun] = []
         lost, loss = 0.0, None
         for place, (micro_batch, weight) in enumerate(weighted(micro_batches, self.count, self.ranks)):
-            if self._early or place == 0:
+            if place == 0:
                 self.buffers.keep()
+            elif self._early:
+                self.buffers.mark()
             if self.sentinel.on_fault is not None:
                 reruns.append(Rerun(micro_batch, generators(self.device)))
             with self.stack.during():
@@ -415,9 +432,11 @@ class TrainStep:
                     loss = scalar(self.loss(self.model, move(micro_batch, self.device)))
                 value = loss.item() if self._early else 0.0
                 if value - value != 0.0:
-                    self.buffers.settle(False)
+                    self.buffers.leave_out_last()
                     left_out.append((place, value))
                     lost += 1.0 if weight is None else float(weight)
+                    if self.guard.on_fault == "stop":  # with the weights as they were
+                        return _Accumulated(loss.detach(), tuple(left_out), lost, True, tuple(reruns))
                     continue
                 if weight is not None:
                     loss = loss.float() * weight
@@ -433,17 +452,27 @@ class TrainStep:
             return _Accumulated(loss.detach(), tuple(left_out), lost, True, tuple(reruns))
         if lost:
             total = total / (1.0 - lost)
-        return _Accumulated(self._over_ranks(total), tuple(left_out), lost, False, tuple(reruns))
+        total, buffers = self._over_ranks(total, self.buffers.fault())
+        return _Accumulated(total, tuple(left_out), lost, False, tuple(reruns), buffers)
 
-    def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss of all ranks' data, so that all of them judge the same number."""
+    def _over_ranks(self, loss: torch.Tensor, buffers: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return loss and buffer fault of all ranks' data, so that all of them judge the same numbers."""
+        if self.ranks.size == 1 and not _is_distributed(self.model):
+            return loss, buffers.to(loss.device) if buffers is not None else None
+        both = torch.stack([loss.float(), torch.zeros_like(loss, dtype=torch.float32) if buffers is None
+                            else buffers.to(loss.device)])  # fmt: skip
         if self.ranks.size > 1:
-            return self.ranks.sum(loss) / self.ranks.size
-        if _is_distributed(self.model):
-            loss = loss.float()
-            torch.distributed.all_reduce(loss)
-            return loss / torch.distributed.get_world_size()
-        return loss
+            both = self.ranks.sum(both)
+            return both[0] / self.ranks.size, both[1]
+        torch.distributed.all_reduce(both)
+        return both[0] / torch.distributed.get_world_size(), both[1]
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.ranks.size == 1 and _is_distributed(self.model):
+            flags = torch.tensor(float(flag), device=self.device)
+            torch.distributed.all_reduce(flags)
+            return bool(flags)
+        return self.ranks.any(flag)
 
     def _step_schedule(self) -> None:
         if self.schedule is None:
@@ -487,6 +516,7 @@ class TrainStep:
         masters = zip(state["masters"], self.masters.state(), strict=True)
         self.masters.load_state([laid_out_like(saved, master) for saved, master in masters])
         self.sentinel.load_state_dict(state["guard"])
+        self.rollback.load_state_dict(state.get("rollback", {"total": 0}))  # of a run that did not go back
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
 

@@ -26,7 +26,7 @@ import torch
 from floatline.diagnose.bundle import bundle_of, save_bundle, write_finding
 from floatline.diagnose.finding import Finding
 from floatline.diagnose.replay import diagnose_rerun
-from floatline.errors import BundleError, FloatlineError, PrecisionError
+from floatline.errors import BundleError, PrecisionError
 from floatline.step import Skip, TrainStep
 from floatline.step.sentinel import Judged
 from floatline.train.checkpoint import list_checkpoints
@@ -68,7 +68,7 @@ class Findings:
 
     Attributes:
         cures: What was changed so far.
-        leave_out: Set where the batch of the last fault is to be left out when it comes again.
+        leave_out: Whether the batch of the last fault is to be left out when it comes again: where nothing was healed.
     """
 
     rundir: RunDirectory
@@ -76,7 +76,7 @@ class Findings:
     say: Say
     change_recipe: Callable[[str, str, str], None]
     cures: list[Cure] = field(default_factory=list)
-    leave_out: bool = False
+    leave_out: bool = True
     _bundles: int = 0
     _diagnoses: int = 0
 
@@ -88,15 +88,21 @@ class Findings:
     def __call__(self, skip: Skip, judged: Judged) -> None:
         """Take a fault from the guard, while the weights are still those that it happened on."""
         path = self._keep(skip, judged)
-        self.leave_out = not skip.made
+        self.leave_out = True
         if self.step.guard.on_fault != "heal" or self._diagnoses >= MOST_DIAGNOSES:
             return
         self._diagnoses += 1
         finding = self._diagnose(skip, judged)
         if finding is not None:
+            self._write(path, finding)
+            self._heal(skip, finding)
+
+    def _write(self, path: Path | None, finding: Finding) -> None:
+        try:
             if path is not None:
                 write_finding(path, finding.as_dict())
-            self._heal(skip, finding)
+        except OSError as error:  # a full disk must not end the run
+            self.say(f"the finding could not be written to {path}: {error.strerror}")
 
     def _keep(self, skip: Skip, judged: Judged) -> Path | None:
         if self._bundles >= MOST_BUNDLES or not judged.reruns:
@@ -121,8 +127,8 @@ class Findings:
                 if finding is not None:
                     self.say(f"diagnosis of update {skip.step}: {finding.headline}")
                     return finding
-        except (FloatlineError, RuntimeError) as error:
-            self.say(f"update {skip.step} could not be diagnosed: {str(error).splitlines()[0]}")
+        except Exception as error:  # of the user's own code, met by the diagnosis alone
+            self.say(f"update {skip.step} could not be diagnosed: {type(error).__name__}: {error}".splitlines()[0])
             return None
         self.say(f"update {skip.step} is finite when it is run again; its batch is left out")
         return None

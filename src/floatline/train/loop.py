@@ -224,9 +224,15 @@ class Loop:
     def _update(self, batch: Any) -> None:
         """One update and what is due after it."""
         targets, tokens, self._asked_to_stop = self._sum_up(batch)
-        lr = self.step.optimizer.param_groups[0]["lr"]
+        lr, update = self.step.optimizer.param_groups[0]["lr"], self.step.updates + 1
         output = self.step(batch)
         done = self.step.updates
+        back = output.rolled_back_to
+        if back is None and self._rests_on(done):
+            back = self.step.read_verdict()
+        if back is not None:
+            self._went_back(back, update)
+            return
         record = {
             "step": done,
             "epoch": done * self.recipe.train.batch_size / len(self.run_.datasets["train"]),
@@ -235,17 +241,24 @@ class Loop:
             "target_tokens": targets,
             "tokens": tokens,
         }
-        if output.rolled_back_to is not None:
-            self._went_back(output.rolled_back_to)
-            return
         self.telemetry.add(output, record)
         self._after_update(done)
 
-    def _went_back(self, to: int) -> None:
-        """The guard has put weights and data position back; what was logged since is made again."""
+    def _rests_on(self, done: int) -> bool:
+        """Say whether an evaluation, a checkpoint or the result is made from what update `done` has left."""
+        due = done == self.steps or done % (self.recipe.train.checkpoint_every or self.steps) == 0
+        return due or self._evaluation_due(done) or self._asked_to_stop
+
+    def _went_back(self, to: int, update: int) -> None:
+        """The guard has put weights and data position back; what was logged since is made again.
+
+        Args:
+            to: The snapshot's update.
+            update: The one whose batch was handed out last.
+        """
         self.telemetry.flush()
         if self.findings.leave_out:
-            self.position.leave_out_last()
+            self.position.leave_out(behind=update - self.step.sentinel.skips[-1].step)
         self.telemetry.view.say(f"went back to update {to}")
         self.telemetry.restart_clock()
         if self._asked_to_stop:

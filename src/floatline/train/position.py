@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ class Position:
         self.moved = False
         self._loader = loader
         self._left_out: set[int] = set()
-        self._last = 0
+        self._recent: deque[int] = deque(maxlen=2)  # the last batches, by number
         if kept is not None:
             self.at = kept["at"]
             self._left_out = set(kept["left_out"])
@@ -34,12 +35,16 @@ class Position:
         for batch in batches:
             self.at += 1
             if self.at not in self._left_out:
-                self._last = self.at
+                self._recent.append(self.at)
                 yield batch
 
-    def leave_out_last(self) -> None:
-        """Leave out the batch that was handed out last before the position was put back."""
-        self._left_out.add(self._last)
+    def leave_out(self, behind: int) -> None:
+        """Leave out a batch when it comes again.
+
+        Args:
+            behind: 0 for the one that was handed out last, 1 for the one before it: on CUDA a verdict comes late.
+        """
+        self._left_out.add(self._recent[-1 - behind])
 
     def kept(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; the loader's own state is beside it."""

@@ -179,6 +179,7 @@ class WideStep(WrappedOptimizer):
                 exact = {k: v.to(parameter.device, torch.float32, copy=True) for k, v in saved.items() if _is_moment(v)}
                 exact.pop(COMPENSATION, None)
                 self.state[parameter].update(exact if is_narrow(parameter) else {})
+        self._generators.clear()  # one that was not drawn from yet begins with its seed
         devices = {str(parameter.device) for group in self.param_groups for parameter in group["params"]}
         for key, randomness in state_dict.get(RANDOMNESS, {}).items():
             if key in devices:  # a run that goes on on another device draws from its seed anew
