@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import floatline as fl
-from floatline.step.silent import Spikes
+from floatline.step.spikes import Spikes
 
 
 def step_of(model, precision="32-true", lr=1e-2, loss=None, every=4, optimizer=torch.optim.AdamW):

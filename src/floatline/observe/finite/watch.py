@@ -130,7 +130,7 @@ class Watch(TorchDispatchMode):
             user, library = place_of_optimizer(self._root), None
         else:
             user, library = places(self._root)
-            user = user or places()[0]  # a program without a line of the user's: the line that started it
+            user = user or library or places()[0]  # no line of the user's in the step: the library's, or who started it
         return Spot(op=name, module=self.modules[-1], user=user, library=library, function=self.function)
 
     # What goes in
