@@ -4,8 +4,11 @@ import json
 import math
 
 import pytest
+import torch
+from torch import nn
 
 import floatline.train.findings as findings
+from floatline.diagnose.diagnose import diagnose
 from floatline.step import TrainStep
 from floatline.step.readback import Readback
 from floatline.train import load_recipe, train
@@ -81,3 +84,13 @@ def test_a_batch_is_left_out_by_how_far_behind_it_is():
     position.load_state_dict(start)
     position.leave_out(behind=1)
     assert "".join(position.counted("abcd")) == "acd" and position.kept() == {"at": 4, "left_out": [2]}
+
+
+def test_a_finding_that_cannot_be_written_ends_nothing(tmp_path):
+    """A file stands where the directory of the bundle was."""
+    told = []
+    kept = findings.Findings(rundir=None, step=None, say=told.append, change_recipe=None)
+    (tmp_path / "update-00000001").write_text("")
+    finding = diagnose(lambda: (nn.Parameter(torch.zeros(1)) * 0.0).log().sum(), nn.Linear(1, 1), cures=False)
+    kept._write(tmp_path / "update-00000001", finding)
+    assert len(told) == 1 and "cannot write" in told[0]

@@ -26,7 +26,7 @@ import torch
 from floatline.diagnose.bundle import bundle_of, save_bundle, write_finding
 from floatline.diagnose.finding import Finding
 from floatline.diagnose.replay import diagnose_rerun
-from floatline.errors import BundleError, PrecisionError
+from floatline.errors import BundleError, PrecisionError, RunDirectoryError
 from floatline.step import Skip, TrainStep
 from floatline.step.sentinel import Judged
 from floatline.train.checkpoint import list_checkpoints
@@ -101,8 +101,8 @@ class Findings:
         try:
             if path is not None:
                 write_finding(path, finding.as_dict())
-        except OSError as error:  # a full disk must not end the run
-            self.say(f"the finding could not be written to {path}: {error.strerror}")
+        except RunDirectoryError as error:  # a full disk must not end the run
+            self.say(error.message)
 
     def _keep(self, skip: Skip, judged: Judged) -> Path | None:
         if self._bundles >= MOST_BUNDLES or not judged.reruns:
