@@ -31,6 +31,7 @@ from floatline.precision import (
     extend_precision,
 )
 from floatline.precision import resolve as resolve_precision
+from floatline.step.agreement import Agreement
 from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
 from floatline.step.guard import Guard
 from floatline.step.live_buffers import LiveBuffers
@@ -186,6 +187,7 @@ class TrainStep:
             ConfigError: `before-backward` where every forward needs its backward.
         """
         self.guard = guard
+        self.agreement = Agreement(self.model, self.ranks, self.device)
         self.monitor: GradientMonitor | None = None
         self._ordered: tuple[list[int], list[str]] = ([], [])
         self.buffers = LiveBuffers(self.model)
@@ -193,8 +195,8 @@ class TrainStep:
         carries = any(self.stack.find(name) is not None for name in ("kahan", "stochastic_rounding"))
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
-        self.rollback = Rollback(guard, self.model, self, self._any_rank)
-        together = self.stack.find("sharding") is not None or _is_distributed(self.model)
+        self.rollback = Rollback(guard, self.model, self, self.agreement.any)
+        together = self.stack.find("sharding") is not None or self.agreement.wrapped
         if together and guard.check == "before-backward":
             raise ConfigError(
                 "guard.check is before-backward, but ranks that train together run every backward together",
@@ -452,27 +454,8 @@ class TrainStep:
             return _Accumulated(loss.detach(), tuple(left_out), lost, True, tuple(reruns))
         if lost:
             total = total / (1.0 - lost)
-        total, buffers = self._over_ranks(total, self.buffers.fault())
+        total, buffers = self.agreement.numbers(total, self.buffers.fault())
         return _Accumulated(total, tuple(left_out), lost, False, tuple(reruns), buffers)
-
-    def _over_ranks(self, loss: torch.Tensor, buffers: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return loss and buffer fault of all ranks' data, so that all of them judge the same numbers."""
-        if self.ranks.size == 1 and not _is_distributed(self.model):
-            return loss, buffers.to(loss.device) if buffers is not None else None
-        both = torch.stack([loss.float(), torch.zeros_like(loss, dtype=torch.float32) if buffers is None
-                            else buffers.to(loss.device)])  # fmt: skip
-        if self.ranks.size > 1:
-            both = self.ranks.sum(both)
-            return both[0] / self.ranks.size, both[1]
-        torch.distributed.all_reduce(both)
-        return both[0] / torch.distributed.get_world_size(), both[1]
-
-    def _any_rank(self, flag: bool) -> bool:
-        if self.ranks.size == 1 and _is_distributed(self.model):
-            flags = torch.tensor(float(flag), device=self.device)
-            torch.distributed.all_reduce(flags)
-            return bool(flags)
-        return self.ranks.any(flag)
 
     def _step_schedule(self) -> None:
         if self.schedule is None:
@@ -519,8 +502,3 @@ class TrainStep:
         self.rollback.load_state_dict(state.get("rollback", {"total": 0}))  # of a run that did not go back
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-
-
-def _is_distributed(model: nn.Module) -> bool:
-    """Say whether the caller has wrapped the model in torch's DistributedDataParallel."""
-    return isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()
