@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import floatline as fl
 from common import Clock
-from step_contestants import MAX_GRAD_NORM, _bare_losses, make_loader, make_model, make_optimizer, make_schedule
+from step_contestants import MAX_GRAD_NORM, bare_losses, clip, make_loader, make_model, make_optimizer, make_schedule
 
 
 def _guarded(clock: Clock, **settings: Any) -> None:
@@ -48,22 +48,6 @@ def guarded_with_rollback(clock: Clock, folder: Path) -> None:
     _guarded(clock, on_fault="rollback")
 
 
-def _watched(clock: Clock, watch: Any) -> Iterator[Tensor]:
-    """The bare loop with something between backward and clipping."""
-    model = make_model(clock)
-    optimizer = make_optimizer(model)
-    schedule = make_schedule(optimizer)
-    for batch in make_loader(clock):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**batch)["loss"]
-        loss.backward()
-        if watch(model):
-            optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield loss
-
-
 def _read(losses: Iterator[Tensor]) -> None:
     kept = []
     for loss in losses:
@@ -83,22 +67,22 @@ def guide_monitor(clock: Clock, folder: Path) -> None:
             largest = max(largest, gradient.abs().max().item())
             mean += gradient.abs().mean().item()
         history.append({"max": largest, "mean": mean, "bad": bad})
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        clip(model)
         return not bad
 
-    _read(_watched(clock, watch))
+    _read(bare_losses(clock, watch))
 
 
 def norm_tested(clock: Clock, folder: Path) -> None:
     def watch(model: nn.Module) -> bool:
         return bool(torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
 
-    _read(_watched(clock, watch))
+    _read(bare_losses(clock, watch))
 
 
 def anomaly_mode(clock: Clock, folder: Path) -> None:
     with torch.autograd.set_detect_anomaly(True):
-        _read(_bare_losses(clock))
+        _read(bare_losses(clock))
 
 
 def debug_hooks(clock: Clock, folder: Path) -> None:
@@ -109,7 +93,6 @@ def debug_hooks(clock: Clock, folder: Path) -> None:
     def watch(model: nn.Module) -> bool:
         if not debuggers:  # from the second step on
             debuggers.append(DebugUnderflowOverflow(model, max_frames_to_save=1))
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        return True
+        return clip(model)
 
-    _read(_watched(clock, watch))
+    _read(bare_losses(clock, watch))

@@ -15,7 +15,7 @@ everywhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,14 @@ def make_loader(clock: Clock) -> DataLoader[Any]:
 # Loops that the user writes
 
 
-def _bare_losses(clock: Clock) -> Iterator[Tensor]:
+def clip(model: nn.Module) -> bool:
+    """What every loop does between backward and step; says whether to step."""
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    return True
+
+
+def bare_losses(clock: Clock, between: Callable[[nn.Module], bool] = clip) -> Iterator[Tensor]:
+    """The loop that everything is compared with; `between` runs between backward and step."""
     model = make_model(clock)
     optimizer = make_optimizer(model)
     schedule = make_schedule(optimizer)
@@ -126,8 +133,8 @@ def _bare_losses(clock: Clock) -> Iterator[Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**batch)["loss"]
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
+        if between(model):
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         yield loss
@@ -135,12 +142,12 @@ def _bare_losses(clock: Clock) -> Iterator[Tensor]:
 
 def bare(clock: Clock, folder: Path) -> None:
     losses = []
-    for loss in _bare_losses(clock):
+    for loss in bare_losses(clock):
         losses.append(loss.item())
 
 
 def bare_unread(clock: Clock, folder: Path) -> None:
-    for _ in _bare_losses(clock):
+    for _ in bare_losses(clock):
         pass
 
 
