@@ -10,14 +10,15 @@ modules help only together. So each answer comes from the step run with a whole 
    before it, until the fixed ones pass by themselves (successive bisection, as in delta debugging).
    The first three take about log2(rank) + 1 trials each, further ones that are ranked one after the other one each.
    None can be left out of what is kept.
-4. Refinement, while no more than 2 log2(N) + 10 trials are made in all (where step 3 took more, as many again): split
-   an island into modules inside it; exchange an island for cheaper modules elsewhere; leave islands out although a
-   failed trial says that they are needed.
+4. Refinement: split an island into modules inside it; exchange an island for cheaper modules elsewhere; leave islands
+   out although a failed trial says that they are needed. It ends after 2 log2(N) + 10 trials in all, or where step 3
+   took more, after as many again.
 
-It is a local search: nothing can be left out of what it finds, and no single island of it could be split or exchanged
-as in step 4 where the trials sufficed. Not covered: two islands exchanged for one that is dearer than each, and other
-changes of several at once; finding the cheapest of all sets takes 2^N trials. Where more islands can be worse, the
-result still is a set that passed in a trial, but a cheaper one may be missed more often.
+It is a local search: nothing can be left out of what it finds, and no island of it could be split or exchanged as in
+step 4 where the trials sufficed (the reason says when they did not). Not covered: several islands exchanged at once, as
+two for one that is dearer than each; finding the cheapest of all sets takes 2^N trials. Where more islands can be
+worse, the result still is a set that passed in a trial, but a cheaper one is missed more often. An outcome is taken to
+be exact: where two runs of one set can differ, the oracle has to repeat them.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def search(
         cut_short = True
     best = trials.best()
     return Found(
-        islands=best and best.islands,
+        islands=None if best is None else best.islands,
         trials=tuple(trials.made.values()),
         front=trials.front(),
         cut_short=cut_short,
@@ -149,7 +150,7 @@ def _that_change_something(pool: Sequence[str], fixed: frozenset[str]) -> list[s
     kept: list[str] = []
     seen = set(fixed)
     for name in pool:
-        if not inside(name, frozenset(seen)):
+        if not inside(name, seen):
             kept.append(name)
             seen.add(name)
     return kept
@@ -201,7 +202,8 @@ def _shortest_from_the_top(trials: Trials, fixed: frozenset[str], pool: Sequence
 
 def _refine(trials: Trials, ranked: Sequence[str]) -> None:
     """Look for cheaper sets near the best one, until none is found or enough trials are made."""
-    trials.extend()
+    if len(trials.made) > trials.enough:
+        trials.enough = 2 * len(trials.made)
     while True:
         best = trials.best()
         assert best is not None
@@ -224,10 +226,12 @@ def _leave_out(trials: Trials, best: Trial, *, doubting: bool = False) -> None:
 
 
 def _split(trials: Trials, best: Trial, ranked: Sequence[str]) -> None:
-    """Try modules inside an island in its place."""
+    """Try modules inside an island in its place: the most suspicious one, then the needed ones of all."""
     for name in _dearest_first(trials, best):
-        within = [other for other in ranked if inside(other, frozenset({name}), strictly=True)]
-        _replace(trials, best, name, within)
+        rest = best.islands - {name}
+        within = [other for other in ranked if inside(other, {name}, strictly=True)]
+        if within and not trials.passes((*rest, within[0])) and trials.passes((*rest, *within)):
+            _keep_needed(trials, rest, within, below=best.cost)
         if trials.best() is not best:
             return
 
@@ -236,20 +240,16 @@ def _exchange(trials: Trials, best: Trial, ranked: Sequence[str]) -> None:
     """Try cheaper modules in place of an island: all of them at once, so that one trial tells when there are none."""
     by_cost = sorted(ranked, key=trials.costs.__getitem__)  # the last one needed is then as cheap as can be
     for name in _dearest_first(trials, best):
+        rest = best.islands - {name}
         cheaper = [other for other in by_cost if trials.costs[other] < trials.costs[name] and not _nested(other, name)]
-        _replace(trials, best, name, cheaper)
+        if cheaper and trials.passes((*rest, *cheaper)):
+            _keep_needed(trials, rest, cheaper, below=best.cost)
         if trials.best() is not best:
             return
 
 
-def _replace(trials: Trials, best: Trial, name: str, others: Sequence[str]) -> None:
-    rest = best.islands - {name}
-    if others and trials.passes((*rest, *others)):
-        _keep_needed(trials, rest, others, below=best.cost)
-
-
 def _nested(one: str, other: str) -> bool:
-    return inside(one, frozenset({other})) or inside(other, frozenset({one}))
+    return inside(one, {other}) or inside(other, {one})
 
 
 def _dearest_first(trials: Trials, best: Trial) -> list[str]:
@@ -260,17 +260,19 @@ def _reason(trials: Trials, candidates: int, cut_short: bool) -> str:
     best, (without, *_) = trials.best(), trials.made.values()
     before = f"{without.outcome.error:.3g} times the tolerance"
     if best is None:
-        text = f"not even all {candidates} candidates in fp32 help (the error without is {before}): what is wrong is elsewhere"
+        text = f"not even all {candidates} candidates in fp32 help (without: {before}): what is wrong is elsewhere"
     elif not best.islands:
         text = f"nothing is needed: without islands the error is {before}"
     else:
         total = trials.cost(trials.costs)
         text = (
-            f"{len(best.islands)} of {candidates} candidates in fp32 (cost {best.cost:.3g} of {total:.3g}) bring the error "
-            f"from {before} to {best.outcome.error:.3g}"
+            f"{len(best.islands)} of {candidates} candidates in fp32 (cost {best.cost:.3g} of {total:.3g}) "
+            f"bring the error from {before} to {best.outcome.error:.3g}"
         )
     if not trials.monotone:
         text += "; some larger sets failed where smaller ones passed, so errors cancel: try other batches too"
+    if trials.unrefined:
+        text += f"; refinement ended after {len(trials.made)} trials"
     if cut_short:
         text += f"; stopped after {len(trials.made)} trials, there may be a cheaper set"
     return text

@@ -1,7 +1,7 @@
 """The account of a search for fp32 islands: which sets were tried, what came out, and what follows from it.
 
-A trial runs the real step twice (low precision with these islands, and the reference), so it is dear and no set is
-tried twice. An island on a module covers all modules inside it: `{"a", "a.x"}` and `{"a"}` are one set, written `{"a"}`.
+A trial runs the real step with these islands, so it is dear and no set is tried twice. An island on a module covers all
+modules inside it: `{"a", "a.x"}` and `{"a"}` are one set, written `{"a"}`.
 
 What follows from a failed trial: sets that it covers fail too, for fewer modules are in fp32. That is an assumption.
 Errors can cancel, so that an island more makes the result worse; once a trial has shown that, nothing is inferred from
@@ -10,7 +10,7 @@ then on (`monotone` is False). Only failures are ever inferred; what passes has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum, isfinite, isnan
@@ -89,7 +89,7 @@ class Enough(Exception):
     """As many trials as refinement may use have been made, and one more is asked for."""
 
 
-def inside(name: str, islands: frozenset[str], *, strictly: bool = False) -> bool:
+def inside(name: str, islands: Set[str], *, strictly: bool = False) -> bool:
     """Say whether an island covers the module `name`: is the module itself (unless `strictly`) or one around it.
 
     >>> inside("a.x", frozenset({"a"})), inside("ab", frozenset({"a"})), inside("a", frozenset({"a"}), strictly=True)
@@ -125,7 +125,7 @@ class Trials:
         items: The candidates.
         evaluate: Islands (none inside another) -> outcome.
         most: Trials that may be made; None for any number.
-        enough: Trials after which refinement ends.
+        enough: Trials after which refinement ends; may be raised on the way.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class Trials:
     ) -> None:
         self.costs = {item.name: item.cost for item in items}
         self.made: dict[frozenset[str], Trial] = {}
-        self.monotone = True
-        self._evaluate, self._most, self._enough = evaluate, most, enough
+        self.monotone, self.unrefined, self.enough = True, False, enough
+        self._evaluate, self._most = evaluate, most
         self._refining = False
 
     def cost(self, islands: Iterable[str]) -> float:
@@ -168,26 +168,21 @@ class Trials:
         if islands not in self.made:
             if self._most is not None and len(self.made) >= self._most:
                 raise Spent
-            if self._refining and len(self.made) >= self._enough:
+            if self._refining and len(self.made) >= self.enough:
                 raise Enough
             trial = Trial(islands=islands, outcome=self._evaluate(islands), cost=self.cost(islands))
             self.monotone = self.monotone and not any(_contradict(trial, other) for other in self.made.values())
             self.made[islands] = trial
         return self.made[islands]
 
-    def extend(self) -> None:
-        """Let refinement make as many trials as were made, where those are more than enough already."""
-        if len(self.made) > self._enough:
-            self._enough = 2 * len(self.made)
-
     @contextmanager
     def refining(self) -> Iterator[None]:
-        """Within it trials are made only while there are fewer than enough; the block ends quietly when not."""
-        self._refining = True
+        """Within it trials are made only while there are fewer than enough; else it ends, and `unrefined` says so."""
+        self._refining, self.unrefined = True, False
         try:
             yield
         except Enough:
-            pass
+            self.unrefined = True
         finally:
             self._refining = False
 
