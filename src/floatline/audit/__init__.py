@@ -1,1 +1,1 @@
-"""Audit a model's precision, op by op, and find the cheapest policy that is safe. `fl.audit(model, batch)` calls it."""
+"""What must stay fp32: audit a model's precision, op by op. `fl.audit(model, batch)` calls it."""
