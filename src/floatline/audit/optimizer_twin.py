@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from floatline.techniques.optim_steps.wide_step import COMPENSATION
+from floatline.techniques.optim_steps.wide_step import COMPENSATION, MASTER
 
 LEAST = 512
 """Elements of a cut, if need be the same ones again."""
@@ -89,8 +89,10 @@ class Twin:
         self.optimizer.step()
 
     def carried(self, index: int) -> torch.Tensor:
-        """Return a weight with what Kahan summation keeps of it, which the next updates get back."""
+        """Return a weight with what a master copy or Kahan summation keeps of it, which the next updates get back."""
         weight, compensation = self.weights[index].detach(), self.state(index, COMPENSATION)
+        if (master := self.state(index, MASTER)) is not None:
+            return master
         return weight if compensation is None else weight.double() + compensation.double()
 
     def age(self, updates: int) -> None:
