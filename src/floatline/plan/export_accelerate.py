@@ -113,7 +113,7 @@ def fsdp_config(plan: Plan) -> dict[str, Any]:
     return {
         "wrap": list(plan.probe.layer_classes),
         "mp_policy": {
-            "param_dtype": _DTYPES[base.compute] if lower else None,
+            "param_dtype": _DTYPES[base.arithmetic] if lower else None,
             "reduce_dtype": None if base.compute == "fp32" else "float32",
         },
         "reshard_after_forward": sharding.reshard_after_forward,
