@@ -85,10 +85,11 @@ def trace(
                 techniques=techniques,
                 hardware=hardware,
             )
-            recorder.trace.notes += [*step.precision.notes, *step.stack.notes]
+            recorder.trace.notes += step.stack.notes
             names = {applied.technique.name for applied in step.stack.applied}
             once = quick and not names & TWO_UPDATES
             _update(recorder, step, batch, 1 if once else 2)
+            recorder.trace.notes += step.precision.notes
             if once:
                 recorder.trace.repeat()
     return recorder.trace

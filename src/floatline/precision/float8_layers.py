@@ -8,11 +8,13 @@ places do not forgive them, and small layers get no quicker. So these are kept h
     tied to an embedding          the same, at both ends
     router                        rounding changes which experts are chosen
     small layer                   no gain was measured (limits below)
+    adapter                       small, and all that learns
     odd dims                      fp8 units take inputs and outputs in multiples of 16
     not convertible               another class than nn.Linear, or weights that are not plain parameters
 
 A rule decides before all of these: `path=bf16` or `path=32` keeps a linear high, `path=fp8` takes it in, whatever it is;
-odd dims are an error then. The nearest rule above a linear counts.
+odd dims are an error then. What cannot be converted stays, and so do adapters inside of what such a rule names. The
+nearest rule at or above a linear counts.
 
 First and last go by the order in which modules were defined, for a policy is put on a model that has not run yet; where
 a model calls them in another order, say so by rules. Not covered: weights that are read without calling their layer
@@ -77,6 +79,8 @@ def choose_linears(model: nn.Module, policy: Policy, rules: dict[str, str]) -> L
         forced = bool(rule) and rules[rule] == "fp8"
         if rule and not forced:
             reason = f"rule: {rule}={rules[rule]}"
+        elif _is_adapter(name) and name != rule:
+            reason = "adapter: low-rank products are small, and all that learns"
         else:
             reason = reasons.not_convertible(name, linear) or (
                 _refuse_odd_dims(name, linear, rule) if forced else reasons.sensitive(name, linear)
@@ -129,7 +133,7 @@ class _Reasons:
     def __init__(self, model: nn.Module, linears: dict[str, nn.Linear], scaling: str) -> None:
         self.model = model
         self.scaling = scaling
-        names = [name for name in linears if not any(part.startswith("lora_") for part in name.split("."))]
+        names = [name for name in linears if not _is_adapter(name)]
         self.first, self.last = (names[0], names[-1]) if names else ("", "")
         self.head = _head_of(model)
         self.embedded = {
@@ -169,6 +173,10 @@ class _Reasons:
         experts = dict(self.model.get_submodule(parent).named_children()).get("experts")
         count = len(experts) if isinstance(experts, nn.ModuleList) else getattr(experts, "num_experts", None)
         return last in ROUTERS or "router" in name.split(".") or linear.out_features == count
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 def _head_of(model: nn.Module) -> str:
