@@ -10,7 +10,7 @@ modules help only together. So each answer comes from the step run with a whole 
    before it, until the fixed ones pass by themselves (successive bisection, as in delta debugging).
    The first three take about log2(rank) + 1 trials each, further ones that are ranked one after the other one each.
    None can be left out of what is kept.
-4. Refinement: split an island into modules inside it; exchange an island for cheaper modules elsewhere; leave islands
+4. Refinement: split an island into modules inside it; exchange an island for any cheaper modules; leave islands
    out although a failed trial says that they are needed. It ends after 2 log2(N) + 10 trials in all, or where step 3
    took more, after as many again.
 
@@ -241,15 +241,11 @@ def _exchange(trials: Trials, best: Trial, ranked: Sequence[str]) -> None:
     by_cost = sorted(ranked, key=trials.costs.__getitem__)  # the last one needed is then as cheap as can be
     for name in _dearest_first(trials, best):
         rest = best.islands - {name}
-        cheaper = [other for other in by_cost if trials.costs[other] < trials.costs[name] and not _nested(other, name)]
+        cheaper = [other for other in by_cost if trials.costs[other] < trials.costs[name]]
         if cheaper and trials.passes((*rest, *cheaper)):
             _keep_needed(trials, rest, cheaper, below=best.cost)
         if trials.best() is not best:
             return
-
-
-def _nested(one: str, other: str) -> bool:
-    return inside(one, {other}) or inside(other, {one})
 
 
 def _dearest_first(trials: Trials, best: Trial) -> list[str]:
