@@ -126,6 +126,15 @@ def test_a_module_takes_the_place_of_the_one_around_it():
     assert checked(NESTED, needs({"l.3.attn.k", "l.5.mlp"})).islands == {"l.3.attn.k", "l.5.mlp"}
 
 
+def test_all_islands_are_split_at_once_where_suspicions_are_good():
+    layers = [Item(name=f"l.{i}", cost=4.0, suspicion=99 - i) for i in range(24)]
+    parts = [Item(name=f"l.{i}.{part}", cost=1.0, suspicion=part) for i in range(24) for part in range(4)]
+    for culprits in combinations(range(12), 3):
+        wanted = {f"l.{i}.3" for i in culprits}
+        found = search(layers + parts, needs(wanted))
+        assert found.islands == wanted and len(found.trials) <= 2 * log2(24 * 5) + 10
+
+
 def test_what_a_module_does_itself_needs_the_whole_module():
     assert checked(NESTED, needs({"l.3"})).islands == {"l.3"}
     assert checked(NESTED, needs({"l.3", "l.3.norm"})).islands == {"l.3"}

@@ -226,12 +226,20 @@ def _leave_out(trials: Trials, best: Trial, *, doubting: bool = False) -> None:
 
 
 def _split(trials: Trials, best: Trial, ranked: Sequence[str]) -> None:
-    """Try modules inside an island in its place: the most suspicious one, then the needed ones of all."""
-    for name in _dearest_first(trials, best):
+    """Try modules inside an island in its place: the most suspicious one, then the needed ones of all.
+
+    Before that, the most suspicious ones of all islands at once: with good suspicions one trial splits them all.
+    """
+    within = {
+        name: [other for other in ranked if inside(other, {name}, strictly=True)]
+        for name in _dearest_first(trials, best)
+    }
+    if trials.passes(others[0] if others else name for name, others in within.items()):
+        return
+    for name, others in within.items():
         rest = best.islands - {name}
-        within = [other for other in ranked if inside(other, {name}, strictly=True)]
-        if within and not trials.passes((*rest, within[0])) and trials.passes((*rest, *within)):
-            _keep_needed(trials, rest, within, below=best.cost)
+        if others and not trials.passes((*rest, others[0])) and trials.passes((*rest, *others)):
+            _keep_needed(trials, rest, others, below=best.cost)
         if trials.best() is not best:
             return
 
@@ -270,5 +278,5 @@ def _reason(trials: Trials, candidates: int, cut_short: bool) -> str:
     if trials.unrefined:
         text += f"; refinement ended after {len(trials.made)} trials"
     if cut_short:
-        text += f"; stopped after {len(trials.made)} trials, there may be a cheaper set"
+        text += f"; stopped after {len(trials.made)} trials, there may be more to find"
     return text
