@@ -154,12 +154,12 @@ def advise(report: UpdateReport) -> str:
         )
     if "swallowed" in report.failures:
         return (
-            "keep what rounding takes away: techniques: {kahan: true} or {stochastic_rounding: true}, or step fp32 "
-            "weights (precision=bf16-mixed)"
+            "keep what rounding takes away: train.optimizer=kahan, stochastic-rounding or adamw (fp32 master weights) "
+            "in a recipe, techniques=['kahan'] in TrainStep; or keep fp32 weights (precision=bf16-mixed)"
         )
     return (
-        "keep the second moment moving: techniques: {kahan: true} or {stochastic_rounding: true} round it "
-        "stochastically; or lower beta2 to 0.99"
+        "keep the second moment moving: train.optimizer=kahan or stochastic-rounding round it stochastically, adamw "
+        "keeps it in fp32; or lower beta2 to 0.99"
     )
 
 
