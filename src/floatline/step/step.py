@@ -221,7 +221,7 @@ class TrainStep:
             raise ConfigError(f"{type(self.model).__name__} has no trainable parameters", hint="unfreeze some of them")
         if self.policy.base.master_weights:
             self._exact = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        self.precision = apply_precision(self.model, self.policy)
+        self.precision = apply_precision(self.model, self.policy, self.hardware)
         return self.precision.undo
 
     def _prepare_optimizer(self, optimizer: torch.optim.Optimizer | OptimizerFactory, names: dict[int, str]) -> None:
