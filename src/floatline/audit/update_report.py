@@ -36,7 +36,7 @@ class UpdateRow:
         state_format: Format of the second moment, else of the weights.
         second_moment_ratio: Median of the low second moment over the exact one after those steps.
         second_moment_lost: Share of elements whose second moment is 0 or infinite in the format, and should not be.
-        eps_lost: eps is not 0 but rounds to 0 in the state's format.
+        eps_lost: eps is not 0 but rounds to 0 in the state's format; not under fused kernels, which compute in fp32.
         non_finite: Share of weights that are not finite at the end, where fp64's are.
         gradients_lost: Share of gradients that round to 0 or to infinity in the weights' format.
         found: Every way in which it fails, the gravest first.
