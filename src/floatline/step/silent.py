@@ -175,7 +175,7 @@ class SilentTrouble:
                 "updates swallowed",
                 f"{self.swallowed:.0%} of the sampled weights that have a gradient did not change: rounding takes the "
                 "update away",
-                "keep fp32 weights (-mixed), or use the technique kahan or stochastic_rounding",
+                "keep fp32 weights (-mixed), or use the technique master_weights, kahan or stochastic_rounding",
             )
 
     def _scale(self, step: int, values: list[float]) -> None:

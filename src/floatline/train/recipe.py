@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from floatline.errors import ConfigError, did_you_mean
 from floatline.techniques import Technique
+from floatline.train.optimizers import Choice, optimizer_tree, ruled_out
 from floatline.train.techniques import read_techniques, technique_tree
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -60,6 +61,10 @@ class TrainSection(Section):
     epochs: Positive | None = Field(None, description="passes over the training data; give steps or epochs")
     batch_size: Count = Field(8, description="samples per optimizer update")
     micro_batch_size: Count | None = Field(None, description="samples per forward; divides batch_size")
+    optimizer: Choice | None = Field(
+        None,
+        description="how small updates are kept; null is adamw-plain in bf16-true, else adamw, or as a technique says",
+    )
     lr: Positive = Field(1e-4, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="course after the warm-up")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="updates of linear warm-up")
@@ -141,7 +146,9 @@ class Recipe(Section):
     @property
     def left_out(self) -> tuple[str, ...]:
         """Names of techniques that a plan must not use."""
-        return tuple(name for name, value in self.techniques.items() if value is False)
+        said = tuple(name for name, value in self.techniques.items() if value is False)
+        settled = ruled_out(self.train.optimizer, self.precision)
+        return tuple(dict.fromkeys((*said, *settled)))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -167,7 +174,7 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
         ConfigError: As `load_recipe`.
     """
     try:
-        tree = technique_tree(tree)
+        tree = optimizer_tree(technique_tree(tree), tree.get("techniques"))
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None

@@ -16,6 +16,7 @@ from floatline.hardware import Hardware, attention_verdict
 from floatline.hardware import resolve as resolve_hardware
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
+from floatline.train.optimizers import choose_optimizer, technique_of
 from floatline.train.recipe import Recipe, parse_recipe
 
 
@@ -56,6 +57,7 @@ def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
     hardware = resolve_hardware(recipe.hardware)
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.hardware != "cpu" else "cpu")
     policy = _fill_precision(open_recipe, hardware)
+    _fill_optimizer(open_recipe)
     _check_attention(recipe.model.attention, hardware)
     _fill_sizes(open_recipe, train_samples)
     _fill_data(open_recipe, device)
@@ -98,6 +100,18 @@ def _fill_precision(filler: _Filler, hardware: Hardware) -> Policy:
     )
     filler.fill("model.dtype", dtype, why)
     return choice.policy
+
+
+def _fill_optimizer(filler: _Filler) -> None:
+    """Say which optimizer it is, and which technique of the recipe it brought."""
+    precision, techniques = filler.tree["precision"], filler.tree["techniques"]
+    asked = filler.get("train.optimizer")
+    found = technique_of(asked, precision) if asked else None
+    if found:
+        name = found[0]
+        reason = f"train.optimizer={asked} in {precision.split(';')[0]}"
+        filler.choices.append(AutomaticChoice(f"techniques.{name}", techniques[name], reason))
+    filler.fill("train.optimizer", *choose_optimizer(techniques, precision))
 
 
 def _check_attention(attention: str | None, hardware: Hardware) -> None:
