@@ -13,7 +13,7 @@ _DIFFERENT = {
     "allow_fp16_reduced_precision_reduction); this host adds them in fp32",
     "attention": "the attention kernel is this host's; CUDA's flash and memory-efficient kernels round the "
     "probabilities to the half format before the second product",
-    "convolution": "cuDNN may use TF32 in fp32 convolutions (torch.backends.cudnn.allow_tf32): islands are less exact there",
+    "convolution": "cuDNN may use TF32 in fp32 convolutions (torch.backends.cudnn.allow_tf32)",
     "scatter": "scatter_add and index_add run in no fixed order on CUDA: rounding differs from run to run",
 }
 _ALIASES = {

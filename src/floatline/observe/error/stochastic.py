@@ -1,8 +1,8 @@
 """Run a program with stochastic rounding: the same arithmetic, another draw of its rounding errors.
 
 Each op whose results are in a half format is run in fp32 on its inputs, and the results are rounded up or down at
-random so that the mean is exact. Several runs tell how far the outcome of a step hangs on how the dice of rounding fell: an
-error that is there in every run is the format's, one that comes and goes is noise.
+random so that the mean is exact. Several runs tell how far the outcome of a step hangs on how the dice of rounding
+fell: an error that is there in every run is the format's, one that comes and goes is noise.
 
 It is what CADNA and Verificarlo do for numerical codes, at the price of about one fp32 step a run.
 
