@@ -19,7 +19,7 @@ from torch import nn
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware
 from floatline.precision import Policy, extend_precision
-from floatline.step.accumulated import Accumulated, Accumulation
+from floatline.step.accumulation import Accumulation
 from floatline.step.agreement import Agreement
 from floatline.step.batch import Batch, LossFunction, default_loss, move, scalar, target_count
 from floatline.step.guard import Guard
@@ -156,7 +156,7 @@ class TrainStep:
 
     # The loop body: for each micro-batch ...
 
-    def _accumulate(self, micro_batches: list[Batch]) -> Accumulated:
+    def _accumulate(self, micro_batches: list[Batch]) -> Accumulation:
         """Forward and backward of each micro-batch; one may be left out before its backward."""
         accumulation = Accumulation(self.buffers, self._early, stops=self.guard.on_fault == "stop")
         for micro_batch, weight in weighted(micro_batches, self.count, self.ranks):
@@ -171,7 +171,8 @@ class TrainStep:
                     self._in_backward.before_backward(share)
                 self.scaling.scale(share).backward()
             accumulation.add(share)
-        return accumulation.end(self.agreement)
+        accumulation.end(self.agreement)
+        return accumulation
 
     def _forward(self, micro_batch: Batch) -> torch.Tensor:
         with self.stack.around(), self.precision.autocast():
@@ -180,7 +181,7 @@ class TrainStep:
 
     # ... then once
 
-    def _update(self, accumulated: Accumulated) -> StepOutput:
+    def _update(self, accumulated: Accumulation) -> StepOutput:
         """Judge, clip and step with the gradients that were accumulated."""
         loss = accumulated.loss
         if accumulated.none:
@@ -205,7 +206,7 @@ class TrainStep:
         self.masters.push_weights()
         return self._close(accumulated, grad_norm, finite, norms)
 
-    def _norms(self, accumulated: Accumulated, parameters: list[torch.Tensor]) -> GradientNorms | None:
+    def _norms(self, accumulated: Accumulation, parameters: list[torch.Tensor]) -> GradientNorms | None:
         """Return the norms of the gradients, None where the backward has used them up; the monitor sees them too."""
         if self._in_backward:
             return None
@@ -223,7 +224,7 @@ class TrainStep:
 
     def _close(
         self,
-        accumulated: Accumulated,
+        accumulated: Accumulation,
         grad_norm: torch.Tensor,
         finite: torch.Tensor,
         norms: GradientNorms | None = None,
@@ -235,17 +236,19 @@ class TrainStep:
         scale = self.scaling.current() if not loss.is_cuda else None
         self.scaling.update(loss)
         advance(self.schedule, first=self.updates == 0)
-        judged = Judged(self.updates + 1, reading, norms, accumulated.left_out, made, scale, accumulated.reruns)
+        left_out, reruns = tuple(accumulated.left_out), tuple(accumulated.reruns)
+        judged = Judged(self.updates + 1, reading, norms, left_out, made, scale, reruns)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        left = tuple(place for place, _ in accumulated.left_out) if made else ()
+        left = tuple(place for place, _ in left_out) if made else ()
         return StepOutput(loss, grad_norm, finite, left, self._go_on_or_back(judged))
 
     def _go_on_or_back(self, judged: Judged) -> int | None:
         """Count the verdict and take the snapshot that is due; returns where the guard went back to, if it did."""
         back = self.rollback.answer(self.sentinel.record(judged), self.sentinel)
-        if back is None and self.rollback.due(self.updates):  # a snapshot waits for the device anyway
-            back = self.read_verdict()
+        if back is not None or not self.rollback.due(self.updates):
+            return back
+        back = self.read_verdict()  # a snapshot waits for the device anyway
         if back is None:
             self.rollback.after_update(self.updates)
         return back

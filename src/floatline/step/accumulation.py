@@ -11,7 +11,6 @@ whole update is condemned.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,56 +21,36 @@ from floatline.step.live_buffers import LiveBuffers
 from floatline.step.sentinel import Rerun
 
 
-@dataclass(frozen=True)
-class Accumulated:
-    """What the forwards and backwards of an update gave.
-
-    Attributes:
-        loss: 0-d, weighted over the micro-batches that count; of all ranks together.
-        left_out: Index and loss of those that do not.
-        lost: Their share of the targets.
-        none: There is no gradient to update with.
-        reruns: The micro-batches, where somebody asks for them.
-        buffers: What `LiveBuffers.fault` says, of all ranks.
-    """
-
-    loss: torch.Tensor
-    left_out: tuple[tuple[int, float], ...] = ()
-    lost: float = 0.0
-    none: bool = False
-    reruns: tuple[Rerun, ...] = ()
-    buffers: torch.Tensor | None = None
-
-    def make_up_for_lost(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Weigh the gradients of the micro-batches that are left as if the others had never been there."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.lost and gradients:
-            torch._foreach_mul_(gradients, 1.0 / (1.0 - self.lost))
-
-
 class Accumulation:
     """The sum over the micro-batches of one update, as it grows.
 
     Args:
-        buffers: What the forwards may write is kept before each, and put back where one is left out.
+        live: What the forwards may write is kept before each, and put back where one is left out.
         early: Losses are read before their backward. On CUDA that waits for the device.
         stops: The first loss that is not finite ends the update, with the weights as they were.
 
     Attributes:
-        stopped: It has ended so.
+        loss: 0-d, weighted over the micro-batches that count; after `end` of all ranks together.
+        left_out: Index and loss of those that do not count.
+        lost: Their share of the targets.
+        stopped: The update has ended at one of them.
+        reruns: The micro-batches, where somebody asks for them.
+        buffers: After `end`: what `LiveBuffers.fault` says, of all ranks.
+        none: After `end`: there is no gradient to update with.
     """
 
-    def __init__(self, buffers: LiveBuffers, early: bool, stops: bool) -> None:
+    def __init__(self, live: LiveBuffers, early: bool, stops: bool) -> None:
+        self.loss: torch.Tensor
+        self.left_out: list[tuple[int, float]] = []
+        self.lost = 0.0
         self.stopped = False
-        self._buffers = buffers
+        self.reruns: list[Rerun] = []
+        self.buffers: torch.Tensor | None = None
+        self.none = True
+        self._live = live
         self._early = early
         self._stops = stops
         self._begun = 0
-        self._total: torch.Tensor | None = None
-        self._bad: torch.Tensor | None = None  # the last loss that was left out
-        self._left_out: list[tuple[int, float]] = []
-        self._reruns: list[Rerun] = []
-        self._lost = 0.0
 
     def begin(self, rerun: Rerun | None) -> None:
         """Get ready for the next micro-batch's forward.
@@ -80,12 +59,12 @@ class Accumulation:
             rerun: What it takes to run it again, where somebody asks for that.
         """
         if not self._begun:
-            self._buffers.keep()
+            self._live.keep()
         elif self._early:
-            self._buffers.mark()
+            self._live.mark()
         self._begun += 1
         if rerun is not None:
-            self._reruns.append(rerun)
+            self.reruns.append(rerun)
 
     def share(self, loss: torch.Tensor, weight: Any) -> torch.Tensor | None:
         """Return what a loss adds to the update's, for its backward; None where the micro-batch is left out.
@@ -101,18 +80,20 @@ class Accumulation:
         return loss if weight is None else loss.float() * weight
 
     def _leave_out(self, loss: torch.Tensor, value: float, weight: Any) -> None:
-        self._bad = loss.detach()
-        self._buffers.leave_out_last()
-        self._left_out.append((self._begun - 1, value))
-        self._lost += 1.0 if weight is None else float(weight)
+        self._live.leave_out_last()
+        self.left_out.append((self._begun - 1, value))
+        self.lost += 1.0 if weight is None else float(weight)
         self.stopped = self._stops
+        if self.none or self.stopped:  # it is all there is to tell
+            self.loss = loss.detach()
 
     def add(self, share: torch.Tensor) -> None:
         """Count a micro-batch whose backward has run."""
-        self._total = share.detach() if self._total is None else self._total + share.detach()
+        self.loss = share.detach() if self.none else self.loss + share.detach()
+        self.none = False
 
-    def end(self, agreement: Agreement) -> Accumulated:
-        """Return the sum.
+    def end(self, agreement: Agreement) -> None:
+        """Complete the sum.
 
         Args:
             agreement: Of the ranks, which judge one loss.
@@ -124,10 +105,15 @@ class Accumulation:
             raise ConfigError(
                 "an update needs at least one micro-batch, the list is empty", hint="leave out updates without data"
             )
-        left_out, reruns = tuple(self._left_out), tuple(self._reruns)
-        if self._bad is not None and (self._total is None or self.stopped):
-            return Accumulated(self._bad, left_out, self._lost, True, reruns)
-        assert self._total is not None
-        total = self._total / (1.0 - self._lost) if self._lost else self._total
-        total, buffers = agreement.numbers(total, self._buffers.fault())
-        return Accumulated(total, left_out, self._lost, False, reruns, buffers)
+        self.none = self.none or self.stopped
+        if self.none:
+            return
+        if self.lost:
+            self.loss = self.loss / (1.0 - self.lost)
+        self.loss, self.buffers = agreement.numbers(self.loss, self._live.fault())
+
+    def make_up_for_lost(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Weigh the gradients of the micro-batches that are left as if the others had never been there."""
+        gradients = [p.grad for p in parameters if p.grad is not None] if self.lost else []
+        if gradients:
+            torch._foreach_mul_(gradients, 1.0 / (1.0 - self.lost))
