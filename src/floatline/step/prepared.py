@@ -95,7 +95,7 @@ class Prepared:
             raise ConfigError(f"{kind} has no trainable parameters", hint="unfreeze some of them")
         if self.policy.base.master_weights:
             self._exact = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        self.precision = apply_precision(self._model, self.policy)
+        self.precision = apply_precision(self._model, self.policy, self.hardware)
         return self.precision.undo
 
     def _prepare_optimizer(self, optimizer: torch.optim.Optimizer | OptimizerFactory, before: dict[int, str]) -> None:

@@ -122,7 +122,7 @@ class TrainStep:
         self.monitor: GradientMonitor | None = None
         self.buffers = LiveBuffers(self.model)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
-        carries = any(self.stack.find(name) is not None for name in ("kahan", "stochastic_rounding"))
+        carries = any(self.stack.find(name) is not None for name in ("master_weights", "kahan", "stochastic_rounding"))
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
         self.rollback = Rollback(guard, self.model, self, self.agreement.any)
