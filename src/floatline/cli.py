@@ -18,7 +18,7 @@ from floatline.errors import ConfigError, FloatlineError
 if TYPE_CHECKING:
     from floatline.plan.command import PlanReport, PlanRequest
     from floatline.plan.side_by_side import Comparison
-    from floatline.train.loop import RunResult
+    from floatline.train.run import RunResult
 
 app = typer.Typer(
     name="floatline",

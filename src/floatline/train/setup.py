@@ -36,7 +36,7 @@ from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
 from floatline.train.hub import holds_adapter, load_model, model_files
 from floatline.train.identity import fingerprint, has_checkpoints, note_base, refuse_changed_data, with_free_keys
-from floatline.train.launch import refuse_uneven_batch
+from floatline.train.launch import refuse_uneven_batch, tell_what_ranks_cannot
 from floatline.train.manifest import Manifest
 from floatline.train.memory import choose_techniques, forget_plan
 from floatline.train.parts import collator_of, encoder_of, optimizer_of, pad_token_id
@@ -90,6 +90,7 @@ def _check(
     recipe: Recipe, manifest: Manifest, say: Say, ranks: OneRank
 ) -> tuple[SampleEncoder, dict[str, list[Sample]]]:
     refuse_uneven_batch(recipe, ranks)
+    tell_what_ranks_cannot(recipe, ranks, say)
     choice = resolve_precision(recipe.precision, resolve_hardware(recipe.hardware))
     Stack(recipe.make_techniques()).refuse(choice.policy, recipe.train.max_grad_norm)  # before data are read
     encoder = encoder_of(recipe)
