@@ -51,7 +51,7 @@ def auxiliary_loss_with_a_tiny_weight(faulty):
     return Program(Net(), {"x": x, "y": y})
 
 
-@fault("fp16", "true", "range", "middle", "backward", witness="gradient")
+@fault("fp16", "true", "range", "middle", witness="gradient")
 def derivative_of_a_square_root_near_zero(faulty):
     class Length(nn.Module):
         """The distance to a point that some rows are very close to: 1/(2 sqrt) is large, what it multiplies is small."""

@@ -53,7 +53,8 @@ class Fault:
         modules: Any one of them is right: where the fault is, or where its victim is that has to be kept high.
         failure: "range", "rounding" or "stagnation"; a tuple where either is a true description.
         phase: "forward", "backward", "buffer" or "optimizer".
-        curable: A policy with fp32 islands is safe.
+        curable: A policy with fp32 islands is safe. Not so at the top, nor where coordinates come rounded into the
+            module, for cast weights round between modules.
         witness: "outcome": a plain run in the format is off or not finite; "gradient": a parameter's gradient is;
             "buffer": a buffer is; "later": this host's kernels or one step do not show it, a test of its own does.
     """

@@ -5,7 +5,7 @@ from audit_corpus.cases import Program, fault
 from torch import nn
 
 
-@fault("bf16", "true", "rounding", "warp")
+@fault("bf16", "true", "rounding", "warp", curable=False)
 def interpolation_at_coordinates_of_a_large_image(faulty):
     class Warp(nn.Module):
         """Linear interpolation along a line of pixels."""
@@ -33,7 +33,7 @@ def interpolation_at_coordinates_of_a_large_image(faulty):
     return Program(Net(), torch.randn(3, width))
 
 
-@fault("bf16", "true", "rounding", "grid")
+@fault("bf16", "true", "rounding", "grid", curable=False)
 def hash_of_a_grid_cell(faulty):
     class Grid(nn.Module):
         """A hashed feature grid: the cell of a point is an integer made from its coordinate."""

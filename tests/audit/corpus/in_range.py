@@ -183,10 +183,10 @@ def mean_as_a_sum_divided(faulty):
 
 
 @fault("fp16", "true", "range", "contrast")
-def temperature_of_a_hundredth_exponentiated(faulty):
+def temperature_of_a_fiftieth_exponentiated(faulty):
     class Contrast(nn.Module):
         def forward(self, a, b):
-            similarity = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / (0.01 if faulty else 0.2)
+            similarity = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / (0.02 if faulty else 0.2)
             top = similarity.exp()
             return -(top.diagonal() / top.sum(-1)).log().mean()
 
@@ -243,9 +243,19 @@ def eps_of_1e_8_in_a_norm(faulty):
         def forward(self, x):
             return x / (x.norm(dim=-1, keepdim=True) + (1e-8 if faulty else 1e-3))
 
-    x, y = regression()
-    x[3] = 0.0
-    return Program(Tail(Unit()), (x, y), squares)
+    class Words(nn.Module):
+        """The padding's vector is zero, and so is its gradient."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.middle, self.head = nn.Embedding(20, 16, padding_idx=0), Unit(), nn.Linear(16, 1)
+
+        def forward(self, ids):
+            return self.head(self.middle(self.embed(ids)))
+
+    ids = torch.randint(1, 20, (4, 10))
+    ids[1, 7:] = 0
+    return Program(Words(), (ids, torch.randn(4, 10, 1)), squares)
 
 
 @fault("fp16", "true", "range", "middle")
@@ -256,7 +266,7 @@ def log_of_a_small_probability(faulty):
                 return torch.log_softmax(x, -1)[..., :1]
             return torch.softmax(x, -1)[..., :1].log()
 
-    return Program(Tail(Entropy(), gain=40.0, after=1), regression(), squares)
+    return Program(Tail(Entropy(), gain=12.0, after=1), regression(), squares)
 
 
 @fault("fp16", "true", "range", "middle")

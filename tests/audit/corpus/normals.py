@@ -20,7 +20,7 @@ def variance_as_a_difference_of_squares(faulty):
             spread = (x * x).mean(-1, keepdim=True) - mean * mean if faulty else x.var(-1, keepdim=True)
             return (x - mean) / (spread.abs() + 1e-3).sqrt()
 
-    return Program(Tail(Whiten(), gain=1.0, bias=20.0 if faulty else 0.0), regression(), squares)
+    return Program(Tail(Whiten(), gain=12.0, bias=60.0 if faulty else 0.0), regression(), squares)
 
 
 @fault("bf16", "true", "rounding", "rotary")
