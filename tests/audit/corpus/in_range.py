@@ -241,7 +241,7 @@ def softmax_over_scores_beyond_the_end(faulty):
 def eps_of_1e_8_in_a_norm(faulty):
     class Unit(nn.Module):
         def forward(self, x):
-            return x / (x.norm(dim=-1, keepdim=True) + (1e-8 if faulty else 1e-3))
+            return x / (x.norm(dim=-1, keepdim=True) + (1e-8 if faulty else 0.1))
 
     class Words(nn.Module):
         """The padding's vector is zero, and so is its gradient."""

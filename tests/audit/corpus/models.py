@@ -95,7 +95,8 @@ def qwen3_vl_vision_mlp(faulty):
     return Program(model, zoo.seen_text(0))
 
 
-@fault("fp16", "mixed", "range", "vit.encoder.layer.1.attention.attention.value", hardware="a100-40gb")
+@fault("fp16", "mixed", "range", ("vit.encoder.layer.1.attention.attention.value", "vit.layers.1.attention.v_proj"),
+       hardware="a100-40gb")
 def vit_value(faulty):
     model = vit()
     block = _vit_layers(model)[1]

@@ -230,7 +230,9 @@ class ErrorMeter(TorchDispatchMode):
             flops=flops,
         )
         if call.name in ADDING and results[0].dtype in HALVES:
-            reading = replace(reading, stalled=self._chains.follow(_key(reading), results[0], exact[0]))
+            operands = [call.exact[id(tensor)] for tensor in floats]
+            lost = self._chains.follow(_key(reading), results[0], exact[0], operands)
+            reading = replace(reading, stalled=lost)
         self._add(reading)
         return worst is not None and not worst.sound
 
