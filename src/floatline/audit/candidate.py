@@ -19,7 +19,7 @@ from floatline.audit.judging import Judged, explained, judge
 from floatline.audit.modules import callable_modules, candidates, cost_shares, parents_first, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
-from floatline.audit.subject import Exact, Subject
+from floatline.audit.subject import Exact, Metered, Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Outcome, Trial, merged
 from floatline.observe.error import Reading
@@ -111,8 +111,9 @@ class Lowering:
         """Do it."""
         everything = self.effect(())
         self._scale = everything.scale if everything.finite else None
-        metered = self.subject.read(Policy.parse(self.base), everything.scale)
-        judged = tuple((reading, judge(reading)) for reading in metered.readings)
+        metered, judged = self._read(everything.scale)
+        if not everything.finite and (scale := self._scale_with_islands(judged, everything.scale)) != everything.scale:
+            metered, judged = self._read(scale)
         costs = dict(cost_shares(self.subject.model, judged))
         known = callable_modules(self.subject.model)
         flagged = frozenset(r.spot.module for r, j in judged if j.failure is not None)
@@ -146,6 +147,23 @@ class Lowering:
             reason=reason,
         )
 
+    def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
+        metered = self.subject.read(Policy.parse(self.base), scale)
+        return metered, tuple((reading, judge(reading)) for reading in metered.readings)
+
+    def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], scale: float) -> float:
+        """Return the loss scale that a scaler would come to once the forward is finite; the given one if it never is.
+
+        Until then the scale has not been tried out, and gradients may overflow that will not in training.
+        """
+        known = callable_modules(self.subject.model)
+        failing = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
+        for islands in (parents_first(sorted(failing)), parents_first(list(known))):
+            effect = self.effect(islands)
+            if effect.finite:
+                return effect.scale
+        return scale
+
     # The search
 
     def _search(
@@ -156,7 +174,7 @@ class Lowering:
     ) -> tuple[frozenset[str] | None, Found | None, str]:
         if not fixed and everything.ratio(self.tolerance) <= 1:
             return frozenset(), None, f"with everything in {self.name} the step is within the tolerance"
-        items = candidates(self.subject.model, judged, fixed)
+        items = candidates(self.subject.model, judged, fixed, around=self.base.endswith("-true"))
 
         def evaluate(islands: frozenset[str]) -> Outcome:
             ratio = self.effect(fixed | islands).ratio(self.tolerance)
