@@ -93,9 +93,11 @@ def test_the_policy_trains_and_is_as_good_as_the_report_says(fault):
     with lists:
         step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=1e-6), precision=candidate.policy, loss=loss,
                             max_grad_norm=None, hardware="a100-40gb")  # fmt: skip
-        outs = [step(program.batch) for _ in range(6 if candidate.base.startswith("16") else 1)]
+        outs = [step(program.batch)]
+        while not bool(outs[-1].applied) and len(outs) < 17 and candidate.base.startswith("16"):
+            outs.append(step(program.batch))
     assert str(step.policy) == candidate.policy == candidate.effect.policy
-    assert any(bool(out.applied) for out in outs), "not even a smaller loss scale makes the gradients finite"
+    assert bool(outs[-1].applied), "not even a smaller loss scale makes the gradients finite"
     if exact.numel() == 1:
         off = abs(float(outs[0].loss) - float(exact)) / abs(float(exact))
         assert off == pytest.approx(candidate.effect.loss_error, rel=0.05, abs=2e-5)
