@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from floatline.audit.judging import Judged, explained, judge
-from floatline.audit.modules import callable_modules, candidates, cost_shares, parents_first, with_ties
+from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, parents_first, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
 from floatline.audit.subject import Exact, Metered, Subject
@@ -170,15 +170,16 @@ class Lowering:
     def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], scale: float) -> float:
         """Return the loss scale that a scaler would come to once the forward is finite; the given one if it never is.
 
-        Until then the scale has not been tried out, and gradients may overflow that will not in training.
+        Until then the scale has not been tried out, and gradients may overflow that will not in training. Islands are
+        what fails in the forward, then the modules around that, last all.
         """
         known = callable_modules(self.subject.model)
-        failing = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
-        for islands in (parents_first(sorted(failing)), parents_first(list(known))):
-            effect = self.effect(islands)
-            if effect.finite:
-                return effect.scale
-        return scale
+        islands = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
+        while True:
+            effect = self.effect(parents_first(sorted(islands or known)))
+            if effect.finite or not islands:
+                return effect.scale if effect.finite else scale
+            islands = {around for name in islands if (around := around_of(name, known))}
 
     # The search
 

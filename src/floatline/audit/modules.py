@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -74,6 +74,14 @@ def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
         if len(shared) > 1 and any(o == n or o.startswith(f"{n}.") for o in shared for n in chosen):
             chosen |= shared
     return merged(chosen - {""})
+
+
+def around_of(name: str, known: Container[str]) -> str:
+    """Return the nearest module around one that a rule can name, "" where there is none."""
+    around = name.rpartition(".")[0]
+    while around and around not in known:
+        around = around.rpartition(".")[0]
+    return around
 
 
 def parents_first(names: Sequence[str]) -> list[str]:

@@ -104,7 +104,14 @@ class Measure:
         return replace(self.worst(other), **shares)
 
 
-def measure(exact: torch.Tensor, low: torch.Tensor, fp32: torch.Tensor | None, reached: torch.Tensor | None) -> Measure:
+def measure(
+    exact: torch.Tensor,
+    low: torch.Tensor,
+    fp32: torch.Tensor | None,
+    reached: torch.Tensor | None,
+    *,
+    excused: bool = False,
+) -> Measure:
     """Compare one result of an op.
 
     Args:
@@ -112,20 +119,23 @@ def measure(exact: torch.Tensor, low: torch.Tensor, fp32: torch.Tensor | None, r
         low: In the lower format, of the same inputs rounded.
         fp32: In fp32, of the same inputs; None where that could not be run.
         reached: In the step that really ran.
+        excused: Its inputs do not fit in the format that it was given: what it makes of their infinities is no fault
+            of its own, only what of its exact result does not fit either.
 
     Returns:
         Its measure.
     """
     number_format = format_of(low.dtype)
     lowest, highest = _ends(exact)
-    lost = not _is_finite(low) and _lost(low, exact)
+    lost = not excused and not _is_finite(low) and _lost(low, exact)
     plain = lowest > FILL and math.isfinite(highest)
     largest = max(abs(highest), abs(lowest)) if plain else _largest(exact)
     samples = [None if t is None else sampled(t).double() for t in (low, fp32, reached)]
     e, l_, f, r = _unmasked(lowest, sampled(exact), *samples)
     size = e.abs()
     scale = _rms(e)
-    end = number_format.max * (1 + (number_format.eps or 0.0) / 4)  # what is nearer to the end rounds to it
+    l_ = e if excused else l_
+    end = _end(number_format)
     beyond = (size > end) & torch.isfinite(e)
     least = number_format.min_subnormal or number_format.min_normal
     zeros = (l_ == 0) & (e != 0) & (size < least)
@@ -161,6 +171,15 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return _error(value, exact, _rms(exact))
 
 
+def overflows(exact: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Say whether a finite value that is no mask's fill becomes infinite in a dtype."""
+    if not exact.numel():
+        return False
+    end = _end(format_of(dtype))
+    lowest, highest = _ends(exact)
+    return not (lowest >= -end and highest <= end) and _largest(exact) > end
+
+
 def sampled(tensor: torch.Tensor) -> torch.Tensor:
     """Return at most about `SAMPLE` elements of a tensor, flat and evenly spaced."""
     if tensor.numel() <= SAMPLE:
@@ -170,6 +189,11 @@ def sampled(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().view(-1)[::step]
     places = torch.arange(0, tensor.numel(), step, device=tensor.device)
     return tensor.detach()[torch.unravel_index(places, tensor.shape)]
+
+
+def _end(fmt: NumberFormat) -> float:
+    """Return the largest value that does not round to infinity."""
+    return fmt.max * (1 + (fmt.eps or 0.0) / 4)
 
 
 def _rms(tensor: torch.Tensor) -> float:

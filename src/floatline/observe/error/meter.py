@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from floatline.observe.cost import cost_of
 from floatline.observe.error.chains import ADDING, Chains
 from floatline.observe.error.exact_kernels import EXACT_KERNELS
-from floatline.observe.error.measures import Measure, measure, relative_error, sampled
+from floatline.observe.error.measures import Measure, measure, overflows, relative_error, sampled
 from floatline.observe.error.shadows import Shadows
 from floatline.observe.error.sums import swallowed_share
 from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
@@ -217,14 +217,15 @@ class ErrorMeter(TorchDispatchMode):
         low = call.again(call.exact, None) if lowered and self._local else None
         if low is not None and not _fit(low, results):
             low = None
-        worst = None if low is None else self._measured(call, results, exact, low)
+        excused = low is not None and call.does_not_fit()
+        worst = None if low is None else self._measured(call, results, exact, low, excused)
         reading = Reading(
             spot=self._spot(call.name),
             phase="backward" if derivative_that_runs() is not None else self.phase,
             ran=call.name,
             measure=worst,
             flipped=flipped,
-            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions) if low is not None else 0,
+            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions) if low is not None and not excused else 0,
             decisions=decided,
             stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
             flops=flops,
@@ -237,7 +238,12 @@ class ErrorMeter(TorchDispatchMode):
         return worst is not None and not worst.sound
 
     def _measured(
-        self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor], low: list[torch.Tensor]
+        self,
+        call: _Call,
+        results: list[torch.Tensor],
+        exact: list[torch.Tensor],
+        low: list[torch.Tensor],
+        excused: bool,
     ) -> Measure | None:
         fp32 = call.again(call.exact, torch.float32)
         worst: Measure | None = None
@@ -245,7 +251,7 @@ class ErrorMeter(TorchDispatchMode):
             if not tensor.is_floating_point() or not tensor.numel() or (place and call.name in _STATISTICS):
                 continue
             other = fp32[place] if fp32 is not None and _fit(fp32, results) else None
-            one = measure(values, low[place], other, tensor)
+            one = measure(values, low[place], other, tensor, excused=excused)
             worst = one if worst is None else worst.worst(one)
         return worst
 
@@ -320,6 +326,12 @@ class _Call:
     def decides(self) -> bool:
         """Whether integers or booleans come of floating inputs."""
         return any(tensor.is_floating_point() for tensor in self.reads)
+
+    def does_not_fit(self) -> bool:
+        """Say whether a finite exact input lies beyond the end of the half format that it was given in."""
+        return any(
+            t.dtype in HALVES and overflows(self.exact[id(t)], t.dtype) for t in self.reads if id(t) in self.exact
+        )
 
     def named(self, values: dict[int, torch.Tensor]) -> list[Any]:
         """Return its positional arguments with `values` in the tensors' places."""
