@@ -155,3 +155,13 @@ def test_plain_bf16_updates_are_lost(fault):
             optimizer.step()
         ways.append((model.up.weight.detach().double() - start).norm())
     assert ways[0] > 0 and ways[1] < ways[0] / 2
+
+
+def test_the_corpus_is_as_large_and_as_wide_as_it_says():
+    assert len(FAULTS) >= 75 and len(HEALTHY) >= 29
+    assert {fault.phase for fault in FAULTS} == {"forward", "backward", "buffer", "optimizer"}
+    assert {failure for fault in FAULTS for failure in fault.failure} == {"range", "rounding", "stagnation"}
+    assert {(fault.format, fault.mode) for fault in FAULTS} == {
+        (f, m) for f in ("bf16", "fp16") for m in ("mixed", "true")
+    }
+    assert len(set(names(FAULTS))) == len(FAULTS)

@@ -160,7 +160,7 @@ class Lowering:
                 raise
             raise ModelError(
                 f"{type(self.subject.model).__name__} does not run under {self.base}: {error}",
-                hint="its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to the dtype of a weight",
+                hint="its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to a weight's dtype",
             ) from error
 
     def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
@@ -232,7 +232,7 @@ class Lowering:
         return Policy.parse("; ".join([self.base, *rules]))
 
     def effect(self, islands: Iterable[str], again: Iterable[str] = ()) -> Effect:
-        """Return the effect of such a policy; each is run once. One that the model cannot run under is infinitely off."""
+        """Return the effect of such a policy, run once; one that the model cannot run under is infinitely off."""
         policy = self.policy(islands, again)
         if str(policy) not in self._known:
             try:

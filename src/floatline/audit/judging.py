@@ -116,7 +116,7 @@ def _stagnation(reading: Reading) -> list[Judged]:
     lost = _percent(reading.stalled)
     why = f"{lost} of the increments are below half an ulp of the running sum and are lost"
     if reading.ran in ADDING:
-        why = f"over {reading.calls} turns of a loop {lost} of the result are lost: increments are below half an ulp of it"
+        why = f"over {reading.calls} turns of a loop {lost} of the result are lost: increments are below half an ulp"
     return [Judged(failure="stagnation", severity=reading.stalled / STALLED, why=why)]
 
 

@@ -61,7 +61,7 @@ def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
     if low.policy is None and low.base.endswith("-true"):
         names = ", ".join(sorted(low.flagged)) or "what fails"
         found.append(
-            f"cast weights round between modules, so that {names} cannot be helped by an island: audit mode='mixed', or "
+            f"cast weights round between modules, so no island helps {names}: audit mode='mixed', or "
             "pass what needs the bits as integers and compute it in fp32 inside"
         )
     if updates is not None and updates.advice:

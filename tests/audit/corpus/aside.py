@@ -2,7 +2,7 @@
 
 import torch
 from audit_corpus.cases import Program, fault, healthy
-from audit_corpus.in_range import Tail, regression, squares
+from audit_corpus.in_range import regression, squares
 from torch import nn
 from torch.nn import functional as F
 
@@ -260,7 +260,10 @@ def cross_attention_of_latents():
             super().__init__()
             self.latents = nn.Parameter(torch.randn(4, 16))
             self.read = nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
-            self.mix, self.head = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True), nn.Linear(16, 1)
+            self.mix, self.head = (
+                nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True),
+                nn.Linear(16, 1),
+            )
 
         def forward(self, x):
             latents = self.latents.expand(len(x), -1, -1)
@@ -303,6 +306,6 @@ def mean_over_many_masked_tokens():
 @healthy
 def temporal_convolutions_with_weight_norm():
     norm = nn.utils.parametrizations.weight_norm
-    model = nn.Sequential(norm(nn.Conv1d(4, 16, 3, padding=2, dilation=2)), nn.PReLU(),
-                          norm(nn.Conv1d(16, 16, 3, padding=4, dilation=4)), nn.PReLU(), nn.Conv1d(16, 1, 1))  # fmt: skip
+    first, second = nn.Conv1d(4, 16, 3, padding=2, dilation=2), nn.Conv1d(16, 16, 3, padding=4, dilation=4)
+    model = nn.Sequential(norm(first), nn.PReLU(), norm(second), nn.PReLU(), nn.Conv1d(16, 1, 1))
     return Program(model, (torch.randn(4, 4, 40), torch.randn(4, 1, 40)), squares)

@@ -6,7 +6,9 @@ from audit_corpus.in_range import regression, squares
 from torch import nn
 
 
-@fault("fp16", "mixed", "range", ("block", "block.fc", "block.out"), "backward", hardware="a100-40gb", witness="gradient")
+@fault(
+    "fp16", "mixed", "range", ("block", "block.fc", "block.out"), "backward", hardware="a100-40gb", witness="gradient"
+)
 def gradients_below_6e_8_behind_a_tiny_layer_scale(faulty):
     class Scaled(nn.Module):
         def __init__(self):
@@ -54,7 +56,7 @@ def auxiliary_loss_with_a_tiny_weight(faulty):
 @fault("fp16", "true", "range", "middle", witness="gradient")
 def derivative_of_a_square_root_near_zero(faulty):
     class Length(nn.Module):
-        """The distance to a point that some rows are very close to: 1/(2 sqrt) is large, what it multiplies is small."""
+        """The distance to a point that all rows are close to: their squares are below fp16's least."""
 
         def forward(self, x):
             return (x * x).sum(-1, keepdim=True).add(1e-12 if faulty else 1e-2).sqrt()

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.observe.target import cuda_autocast
+from floatline.step.batch import call_model
 
 FAULTS: list["Fault"] = []
 HEALTHY: list["Healthy"] = []
@@ -117,6 +118,10 @@ ALL = (
 """Cast weights run without autocast, so the target's lists make no difference there; fp16 is not for a CPU."""
 
 
+LARGE = (("bf16", "mixed", "a100-40gb"), ("fp16", "mixed", "a100-40gb"), ("bf16", "true", "cpu"))
+"""For models that take long."""
+
+
 def healthy(build=None, *, settings=ALL):
     """Decorator: there is nothing wrong with this program."""
 
@@ -146,10 +151,14 @@ def outcome(program, dtype, mode, hardware, scale=1.0):
         if program.loss is not None:
             value = program.loss(model, batch)
         else:
-            value = model(**batch) if isinstance(batch, dict) else model(*batch) if isinstance(batch, tuple) else model(batch)
-            value = _first(value)
-    total = value if value.numel() == 1 else value.to(torch.float64) * torch.randn(
-        value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / value.numel()
+            value = _first(call_model(model, batch))
+    total = (
+        value
+        if value.numel() == 1
+        else value.to(torch.float64)
+        * torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        / value.numel()
+    )
     if value.requires_grad:
         (total.to(torch.float64).sum() * scale).backward()
     gradients = {n: p.grad.double() / scale for n, p in model.named_parameters() if p.grad is not None}

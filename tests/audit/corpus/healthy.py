@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from audit_corpus.cases import Program, healthy
+from audit_corpus.cases import LARGE, Program, healthy
 from audit_corpus.in_range import regression, squares
 from audit_corpus.models import bert, llama, mixtral, padded, t5, tokens, vit
 from torch import nn
@@ -44,19 +44,19 @@ def long_short_term_memory():
     return Program(Reader(), (torch.randint(0, 50, (6, 20)), torch.randint(0, 3, (6,))), classes)
 
 
-@healthy
+@healthy(settings=LARGE)
 def gpt2():
     import zoo
 
     return Program(zoo.gpt2(), zoo.text(0))
 
 
-@healthy
+@healthy(settings=LARGE)
 def llama_with_sdpa():
     return Program(llama("sdpa"), tokens())
 
 
-@healthy
+@healthy(settings=LARGE)
 def llama_eager_with_padding():
     batch = tokens()
     batch["attention_mask"][1, 8:] = 0
@@ -69,22 +69,22 @@ def bert_with_padding():
     return Program(bert(), padded())
 
 
-@healthy
+@healthy(settings=LARGE)
 def t5_encoder_decoder():
     return Program(t5(), tokens())
 
 
-@healthy
+@healthy(settings=LARGE)
 def vision_transformer():
     return Program(vit(), {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([1, 3])})
 
 
-@healthy
+@healthy(settings=LARGE)
 def mixture_of_experts():
     return Program(mixtral(), tokens())
 
 
-@healthy
+@healthy(settings=LARGE)
 def qwen3_vl():
     import zoo
 
@@ -166,7 +166,9 @@ def tied_weights():
 
 @healthy
 def dropout_in_training():
-    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 32), nn.Dropout(0.2), nn.Linear(32, 1))
+    model = nn.Sequential(
+        nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 32), nn.Dropout(0.2), nn.Linear(32, 1)
+    )
     return Program(model.train(), regression(), squares)
 
 

@@ -89,7 +89,9 @@ class Sequence(nn.Module):
 
 @fault("fp16", "mixed", "range", "attention", hardware="a100-40gb")
 def attention_scores_scaled_too_late(faulty):
-    return Program(Sequence(HandAttention(32, 400.0 if faulty else 3.0)), (torch.randn(4, 10, 8), torch.randn(4, 1)), squares)
+    return Program(
+        Sequence(HandAttention(32, 400.0 if faulty else 3.0)), (torch.randn(4, 10, 8), torch.randn(4, 1)), squares
+    )
 
 
 class Bump(nn.Module):
@@ -207,7 +209,9 @@ def temperature_of_a_fiftieth_exponentiated(faulty):
 def cosine_similarity_by_hand(faulty):
     class Cosine(nn.Module):
         def forward(self, a, b):
-            return (a * b).sum(-1, keepdim=True) / ((a * a).sum(-1, keepdim=True) * (b * b).sum(-1, keepdim=True)).sqrt()
+            return (a * b).sum(-1, keepdim=True) / (
+                (a * a).sum(-1, keepdim=True) * (b * b).sum(-1, keepdim=True)
+            ).sqrt()
 
     class Twins(nn.Module):
         def __init__(self):

@@ -39,7 +39,9 @@ def vit():
 def mixtral():
     import transformers as tf
 
-    config = tf.MixtralConfig(vocab_size=96, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, **COMMON)
+    config = tf.MixtralConfig(
+        vocab_size=96, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, **COMMON
+    )
     return tf.MixtralForCausalLM(config)
 
 
@@ -95,13 +97,18 @@ def qwen3_vl_vision_mlp(faulty):
     return Program(model, zoo.seen_text(0))
 
 
-@fault("fp16", "mixed", "range", ("vit.encoder.layer.1.attention.attention.value", "vit.layers.1.attention.v_proj"),
-       hardware="a100-40gb")
+@fault(
+    "fp16",
+    "mixed",
+    "range",
+    ("vit.encoder.layer.1.attention.attention.value", "vit.layers.1.attention.v_proj"),
+    hardware="a100-40gb",
+)
 def vit_value(faulty):
     model = vit()
     block = _vit_layers(model)[1]
-    value = [m for n, m in block.named_modules() if n.endswith(("value", "v_proj"))][0]
-    out = [m for n, m in block.named_modules() if n.endswith(("attention.output.dense", "o_proj"))][0]
+    value = next(m for n, m in block.named_modules() if n.endswith(("value", "v_proj")))
+    out = next(m for n, m in block.named_modules() if n.endswith(("attention.output.dense", "o_proj")))
     if faulty:
         scale(value, 5e6)
         scale(out, 1e-5)

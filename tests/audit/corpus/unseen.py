@@ -1,7 +1,7 @@
 """Written before the audit was run on any of the corpus, and not looked at while it was mended."""
 
 import torch
-from audit_corpus.cases import Program, fault, healthy
+from audit_corpus.cases import LARGE, Program, fault, healthy
 from audit_corpus.in_range import Tail, regression, squares
 from torch import nn
 from torch.nn import functional as F
@@ -216,7 +216,7 @@ def perplexity_in_the_loss(faulty):
     return Program(nn.Linear(8, 1), regression(), loss)
 
 
-@healthy
+@healthy(settings=LARGE)
 def gated_recurrent_unit_reads_a_long_sequence():
     class Reader(nn.Module):
         def __init__(self):
@@ -276,5 +276,11 @@ def depthwise_convolutions_with_squeeze_and_excitation():
             weight = torch.sigmoid(self.up(F.relu(self.down(h.mean((2, 3))))))
             return x + h * weight[..., None, None]
 
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Block(16), Block(16), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(16, 4))
-    return Program(model.train(), (torch.randn(4, 3, 8, 8), torch.randint(0, 4, (4,))), lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), Block(16), Block(16), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(16, 4)
+    )
+    return Program(
+        model.train(),
+        (torch.randn(4, 3, 8, 8), torch.randint(0, 4, (4,))),
+        lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]),
+    )

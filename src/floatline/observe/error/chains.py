@@ -1,7 +1,7 @@
 """Sums that a program makes in a loop: `total = total + x`, a mean by Welford, small steps of an integrator.
 
-No op of such a loop is far off; what is lost is lost over its turns. So the results of one line's additions are followed
-from call to call, in the format and exactly. An element is stuck if its bits stay while the exact value goes by more
+No op of such a loop is far off; what is lost is lost over its turns. So the results of one line's additions are
+followed from call to call, in the format and exactly. An element is stuck if its bits stay while the exact value goes by more
 than an ulp, or in most calls in which the exact value moves. What is lost is the way that stuck elements have not gone,
 and it counts beside the value itself:
 
@@ -26,7 +26,9 @@ import torch
 from floatline.observe.error.measures import format_of, sampled
 from floatline.observe.error.sums import spacing
 
-ADDING = frozenset({"add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_", "addcmul", "addcmul_", "addcdiv", "addcdiv_"})
+ADDING = frozenset(
+    {"add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_", "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
+)
 FEW = 8
 """Moves from which an element can be stuck: fewer half ulps of bf16 do not come to what counts as a loss."""
 NEAR = 0.05

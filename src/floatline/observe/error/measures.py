@@ -99,9 +99,13 @@ class Measure:
         In a loop there is nearly always a turn in which a difference is small by chance and badly off; it weighs
         little in what the loop comes to.
         """
-        errors = ("error", "error_fp32", "underflow_error", "reached")
-        shares = {name: _together(self, other, name) for name in errors}
-        return replace(self.worst(other), **shares)
+        return replace(
+            self.worst(other),
+            error=_together(self, other, "error"),
+            error_fp32=_together(self, other, "error_fp32"),
+            underflow_error=_together(self, other, "underflow_error"),
+            reached=_together(self, other, "reached"),
+        )
 
 
 def measure(

@@ -225,7 +225,9 @@ class ErrorMeter(TorchDispatchMode):
             ran=call.name,
             measure=worst,
             flipped=flipped,
-            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions) if low is not None and not excused else 0,
+            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions)
+            if low is not None and not excused
+            else 0,
             decisions=decided,
             stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
             flops=flops,
