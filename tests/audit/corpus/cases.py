@@ -148,10 +148,7 @@ def outcome(program, dtype, mode, hardware, scale=1.0):
     low = dtype in DTYPES.values() and mode == "mixed"
     torch.manual_seed(0)
     with lists, torch.autocast("cpu", dtype=dtype) if low else nullcontext():
-        if program.loss is not None:
-            value = program.loss(model, batch)
-        else:
-            value = _first(call_model(model, batch))
+        value = program.loss(model, batch) if program.loss else _first(call_model(model, batch))
     total = (
         value
         if value.numel() == 1
