@@ -64,7 +64,7 @@ def llama_eager_with_padding():
     return Program(llama("eager"), batch)
 
 
-@healthy
+@healthy(settings=LARGE)
 def bert_with_padding():
     return Program(bert(), padded())
 
@@ -156,7 +156,7 @@ def adversarial_losses():
     return Program(Gan(), {"noise": torch.randn(32, 4), "real": torch.randn(32, 8)})
 
 
-@healthy
+@healthy(settings=LARGE)
 def tied_weights():
     import zoo
 

@@ -1,9 +1,9 @@
 """Sums that a program makes in a loop: `total = total + x`, a mean by Welford, small steps of an integrator.
 
 No op of such a loop is far off; what is lost is lost over its turns. So the results of one line's additions are
-followed from call to call, in the format and exactly. An element is stuck if its bits stay while the exact value goes by
-more than an ulp, or in most calls in which the exact value moves. What is lost is the way that stuck elements have not
-gone, and it counts beside the value itself:
+followed from call to call, in the format and exactly. An element is stuck if its bits stay while the exact value goes
+by more than an ulp, or in most calls in which the exact value moves. What is lost is the way that stuck elements have
+not gone, and it counts beside the value itself:
 
     lost = ||(exact_n - exact_0) - (low_n - low_0)||, over stuck elements, / ||exact_n||
 
