@@ -149,6 +149,7 @@ class _Metrics:
         """Note a fault; the updates that a rollback took back are made again, the fault stays."""
         self.faults.append(fault)
         if math.isfinite(fault.to):
+            self.evals = [item for item in self.evals if item.step <= fault.to]
             while self.steps and self.steps[-1].step > fault.to:
                 self.steps.pop()
 

@@ -74,11 +74,12 @@ class Findings:
     rundir: RunDirectory
     step: TrainStep
     say: Say
-    change_recipe: Callable[[str, str, str], None]
+    change_recipe: Callable[[str, Any, str], None]
     cures: list[Cure] = field(default_factory=list)
     leave_out: bool = True
     _bundles: int = 0
     _diagnoses: int = 0
+    _changes: int = 0
 
     def attach(self) -> None:
         """Let the guard tell of faults. Of several ranks none keeps any."""
@@ -159,21 +160,26 @@ class Findings:
             self.say(f"{module} cannot become an island now: {error.message}")
             return None
         reason = f"at update {skip.step} {finding.cause} in {module}; in fp32 the replay was finite"
-        self.change_recipe("precision", str(policy), reason)
-        return Cure(update=skip.step, kind="island", key="precision", value=str(policy), reason=reason)
+        return self._changed(skip, "island", "precision", str(policy), reason)
 
     def _math_attention(self, skip: Skip, finding: Finding) -> Cure:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         reason = f"at update {skip.step} {finding.cause}; with the math kernel the replay was finite"
-        self.change_recipe("model.attention", "eager", reason)
-        return Cure(update=skip.step, kind="attention", key="model.attention", value="eager", reason=reason)
+        return self._changed(skip, "attention", "model.attention", "eager", reason)
+
+    def _changed(self, skip: Skip, kind: str, key: str, value: Any, reason: str) -> Cure:
+        """Write a cure into the resolved recipe."""
+        self.change_recipe(key, value, reason)
+        self._changes += 1
+        return Cure(update=skip.step, kind=kind, key=key, value=str(value), reason=reason)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"bundles": self._bundles, "diagnoses": self._diagnoses}
+        return {"bundles": self._bundles, "diagnoses": self._diagnoses, "changes": self._changes}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._bundles, self._diagnoses = state.get("bundles", 0), state.get("diagnoses", 0)
+        self._changes = state.get("changes", 0)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import yaml
 
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware, attention_verdict
@@ -39,6 +40,20 @@ class Resolved:
 
     def choices_as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(choice) for choice in self.choices]
+
+
+def recipe_text(resolved: Resolved) -> str:
+    """Return the resolved recipe as YAML, with the reason of each automatic choice beside it as a comment."""
+    reasons = {choice.key: choice.reason for choice in resolved.choices}
+    lines, section = [], ""
+    for line in yaml.safe_dump(resolved.recipe.model_dump(mode="json"), sort_keys=False, width=1000).splitlines():
+        name = line.split(":")[0].strip()
+        section = name if not line.startswith(" ") else section
+        reason = reasons.get(name if not line.startswith(" ") else f"{section}.{name}")
+        lines.append(f"{line}  # {reason}" if reason else line)
+    return (
+        "# Resolved: every choice is made, so this runs the same again. Comments say why.\n" + "\n".join(lines) + "\n"
+    )
 
 
 def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
