@@ -53,7 +53,8 @@ class Judged:
         norms: Of the single gradients, to say whose was at fault.
         left_out: Index and loss of the micro-batches that were left out.
         made: It was made all the same, from the others.
-        scale: The loss scale that it ran under, where reading it costs nothing.
+        scale: The loss scale that it ran under, once it is known.
+        scale_read: It is the last number of `reading`, for it is on a device.
         reruns: Its micro-batches with what it takes to run them again.
     """
 
@@ -64,6 +65,7 @@ class Judged:
     made: bool = False
     scale: float | None = None
     reruns: tuple[Rerun, ...] = ()
+    scale_read: bool = False
 
 
 def _steps_on(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
@@ -143,6 +145,8 @@ class Sentinel:
 
     def _count(self, judged: Judged) -> Skip | None:
         numbers = judged.reading.tolist()
+        if judged.scale_read:
+            judged.scale = numbers.pop()
         total = sum(numbers)
         finite = total - total == 0.0  # by the same rule as `judge`, without a call
         if judged.left_out and (finite or not judged.made):

@@ -320,13 +320,15 @@ class TrainStep:
     ) -> StepOutput:
         """End the update: put back what must not stay, go on with scale and schedule, count, go back if need be."""
         loss = accumulated.loss
-        reading = Readback.of([loss, grad_norm, *([buffers] if buffers is not None else [])])
+        on_device = self.scaling.tensor() if loss.is_cuda else None
+        reading = Readback.of([each for each in (loss, grad_norm, buffers, on_device) if each is not None])
         self.buffers.settle(finite)
         scale = self.scaling.current() if not loss.is_cuda else None
         self.scaling.update(loss)
         self._step_schedule()
         made, reruns = not accumulated.none, accumulated.reruns
-        judged = Judged(self.updates + 1, reading, norms, accumulated.left_out, made, scale, reruns)
+        read = on_device is not None
+        judged = Judged(self.updates + 1, reading, norms, accumulated.left_out, made, scale, reruns, read)
         left = tuple(place for place, _ in accumulated.left_out)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1

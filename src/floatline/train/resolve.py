@@ -72,6 +72,7 @@ def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.hardware != "cpu" else "cpu")
     policy = _fill_precision(open_recipe, hardware)
     _check_attention(recipe.model.attention, hardware)
+    _check_loss_scale(recipe.train.loss_scale, policy)
     _fill_sizes(open_recipe, train_samples)
     _fill_data(open_recipe, device)
     _fill_rhythm(open_recipe, device)
@@ -126,6 +127,14 @@ def _check_attention(attention: str | None, hardware: Hardware) -> None:
         raise ConfigError(
             f"model.attention={attention} cannot run: {verdict.reason}",
             hint=f"use model.attention=sdpa: torch picks its {fused} kernel there",
+        )
+
+
+def _check_loss_scale(scale: float | None, policy: Policy) -> None:
+    if scale is not None and not policy.base.loss_scaling:
+        raise ConfigError(
+            f"train.loss_scale={scale:g}, but precision {policy} scales no loss",
+            hint="leave it out, or use 16-mixed",
         )
 
 

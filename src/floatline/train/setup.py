@@ -286,7 +286,7 @@ def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
             final=train.final_lr_share,
         )
 
-    return TrainStep(
+    step = TrainStep(
         model,
         optimizer_of(train),
         precision=resolved.policy,
@@ -295,6 +295,9 @@ def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
         techniques=resolved.recipe.make_techniques(),
         schedule=schedule,
     )
+    if train.loss_scale is not None:
+        step.scaling.set(train.loss_scale)
+    return step
 
 
 def note_techniques(step: TrainStep, manifest: Manifest, say: Say) -> None:
