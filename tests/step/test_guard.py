@@ -280,3 +280,19 @@ def test_a_scale_that_is_read_from_the_device_tells_fault_and_routine_apart(scal
     assert sentinel.record(judged).what is what and judged.scale == scale
     fine = Readback.of([torch.tensor(number) for number in (0.5, 0.5, float("inf"))])
     assert sentinel.record(Judged(2, fine, scale_read=True)) is None
+
+
+@pytest.mark.parametrize("guard", [{"on_fault": "stop"}, {"max_faults_in_a_row": 1}, {"max_faults": 1}])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_said_of_the_weights_at_a_stop_is_true(monkeypatch, guard, late):
+    """As on CUDA: the update behind the fault is made before the verdict is read. Where it is read at once, none is."""
+    monkeypatch.setattr(Readback, "waits", property(lambda reading: True))
+    step, good = make(check="after-backward", **guard), torch.ones(2, 3)
+    step(good)
+    before = step.model.weight.detach().clone()
+    step(good * NAN)
+    with pytest.raises(NonFiniteError) as stopped:
+        step(good) if late else step.read_verdict()
+    assert torch.equal(step.model.weight, before) is not late
+    assert "the weights are as before it" in stopped.value.hint or guard == {"max_faults_in_a_row": 1}
+    assert ("or one good update on" in stopped.value.hint) is late

@@ -147,8 +147,8 @@ def steep(monkeypatch):
     monkeypatch.setattr(TrainStep, "__init__", made)
 
 
-SCALED = ["precision=16-mixed", "guard.on_fault=heal", "train.steps=6", "train.checkpoint_every=2", "train.loss_scale=4",
-          "eval.generate=false"]  # fmt: skip
+SCALED = ["precision=16-mixed", "guard.on_fault=heal", "train.steps=6", "train.checkpoint_every=2",
+          "train.loss_scale=4", "eval.generate=false"]  # fmt: skip
 
 
 def test_a_loss_scale_that_still_overflows_at_1_is_lowered_and_stays_low(run, steep, tmp_path, capsys, monkeypatch):

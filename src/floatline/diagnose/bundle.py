@@ -57,7 +57,7 @@ class Bundle:
         weights: By name; None where they were too large.
         buffers: As before the forward; empty where they did not fit.
         checkpoint: The newest checkpoint then, relative to the run directory; "" without one.
-        late: The weights are those after the next update: the verdict of a CUDA step is read one step later.
+        late: The next update had been run, and made if it was good: the verdict of a CUDA step is read one step later.
         left_out: What could not be kept, each with its reason in brackets.
         versions: Of torch, python and the device.
     """
@@ -104,7 +104,7 @@ def bundle_of(step: TrainStep, skip: Skip, judged: Judged, *, checkpoint: str = 
         weights={name: tensor.cpu() for name, tensor in weights.items()} if weights_fit else None,
         buffers={name: tensor.cpu() for name, tensor in buffers.items()} if buffers_fit else {},
         checkpoint=checkpoint,
-        late=judged.reading.waits,
+        late=judged.late,
         left_out=(*odd, *room.left_out),
         versions={"torch": str(torch.__version__), "device": _device_name(step.device)},
     )

@@ -116,7 +116,7 @@ def _why_not(bundle: Bundle) -> str:
         where = f"a checkpoint ({bundle.checkpoint})" if bundle.checkpoint else "the start of the run"
         return f"the weights are those of {where}, not of that update; {_missing(bundle)}"
     if bundle.late:
-        return "the weights are those after the next update, for the verdict of a CUDA step is read a step later"
+        return "the weights may be those after the next update, for the verdict of a CUDA step is read a step later"
     if bundle.versions.get("torch") != str(torch.__version__):
         return f"it ran under torch {bundle.versions.get('torch')}, this is {torch.__version__}"
     return "the same numbers are finite now: look at the hardware (run it again on another GPU) or for a race"

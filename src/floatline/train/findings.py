@@ -91,7 +91,8 @@ class Findings:
             self.step.rollback.extras["findings"] = self
 
     def __call__(self, skip: Skip, judged: Judged) -> None:
-        """Take a fault from the guard, while the weights are still those that it happened on."""
+        """Take a fault from the guard, before it goes back: on the weights that it happened on, or, where the verdict
+        came late, on those after the next update."""
         path = self._keep(skip, judged)
         self.leave_out = True
         if self.step.guard.on_fault != "heal" or self._diagnoses >= MOST_DIAGNOSES:
