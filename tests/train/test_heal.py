@@ -199,3 +199,13 @@ def test_an_overflow_that_a_lower_scale_mends_by_itself_is_no_fault(run, tmp_pat
 def test_a_loss_scale_where_no_loss_is_scaled_is_refused(run):
     with pytest.raises(ConfigError, match=r"train.loss_scale=4, but precision bf16-mixed scales no loss"):
         run("run", "precision=bf16-mixed", "train.loss_scale=4")
+
+
+def test_headroom_is_logged_when_it_is_looked_at_and_reported(run, tmp_path):
+    run("run", "precision=16-mixed", "train.steps=4", "guard.sample_every=2", "eval.generate=false")
+    looks = records(tmp_path / "run", "headroom")
+    assert [look["step"] for look in looks] == [2, 4]
+    for look in looks:
+        bits = list(look["bits"].values())
+        assert len(bits) == 16 < look["modules"] and bits == sorted(bits) and 0 < bits[0] < 16
+    assert "Least headroom to overflow (2 steps sampled" in render_text([load_run(tmp_path / "run")])
