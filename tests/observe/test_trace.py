@@ -41,6 +41,8 @@ def real_peak(work, precision, techniques):
         ("tied", "32-true", ["checkpointing"]),
         ("qwen3_vl", "32-true", []),
         ("qwen3_moe", "bf16-true", []),
+        ("mlp", "fp8-mixed; blocks=fp8", []),
+        ("qwen3_vl", "fp8-rowwise-mixed; model.language_model.layers=fp8", []),
         ("mamba", "32-true", []),
         ("t5", "32-true", ["accumulation(micro_batches=2)"]),
         ("wav2vec2", "32-true", []),

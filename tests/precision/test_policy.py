@@ -142,6 +142,28 @@ def test_legal_ones_pass_and_auto_keeps_rules():
     assert "emulated" in resolve("16-mixed", CPU_OLD).reason
 
 
-def test_fp8_is_refused_where_it_could_run():
-    with pytest.raises(PrecisionError, match="not built yet"):
-        resolve("fp8-mixed", lookup("h200"))
+def test_fp8_says_where_it_is_emulated():
+    assert resolve("fp8-mixed", lookup("h200")).reason == "asked for"
+    assert resolve("fp8-rowwise-mixed", lookup("l4")).reason == "asked for"
+    assert "Ampere, capability 8.0; fp8 units start at 8.9, so fp8 products are emulated" in (
+        resolve("fp8-mixed", lookup("a100-80gb")).reason
+    )
+    assert "torchao has no fp8 products for CPUs (new cpu), so" in resolve("fp8-mixed", CPU_BF16).reason
+    assert "no bf16 instructions" in resolve("fp8-mixed", CPU_OLD).reason
+
+
+def test_auto_never_chooses_fp8():
+    assert {choose(gpu).policy.base.compute for gpu in CATALOG.values()} == {"bf16", "fp16"}
+
+
+@pytest.mark.parametrize("text", ["fp8-mixed; lm_head=fp8; a.*=32; b=bf16", "fp8-rowwise-mixed", "fp8-rowwise-gw-hp-mixed"])
+def test_fp8_policies_print_as_what_parses_them(text):
+    assert str(Policy.parse(text)) == text
+
+
+def test_fp8_rules_need_an_fp8_policy():
+    with pytest.raises(PrecisionError, match=r"rule a=fp8 under bf16-mixed: fp8 layers need an fp8 policy\nhint: .*fp8-mixed"):
+        Policy.parse("bf16-mixed; a=fp8")
+    with pytest.raises(PrecisionError, match=r"rule a=16 under fp8-mixed: fp16 gradients need loss scaling"):
+        Policy.parse("fp8-mixed; a=16")
+

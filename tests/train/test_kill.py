@@ -63,6 +63,11 @@ def test_a_run_with_adapters_is_killed_once(recipe_file, tmp_path, losses):
     kill_and_resume(recipe_file, tmp_path, losses, kills=1, seed=0, overrides=overrides)
 
 
+def test_a_run_in_fp8_is_killed_once(recipe_file, tmp_path, losses):
+    overrides = ["precision=fp8-mixed; model.language_model.layers=fp8"]
+    kill_and_resume(recipe_file, tmp_path, losses, kills=1, seed=0, overrides=overrides)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("moment", range(20))
 def test_killed_at_twenty_moments(recipe_file, tmp_path, losses, moment):

@@ -3,7 +3,7 @@
 from floatline.hardware.catalog import CATALOG, Hardware, lookup
 from floatline.hardware.described import target
 from floatline.hardware.detect import detect, resolve
-from floatline.hardware.legality import Verdict, attention_verdict, format_verdict
+from floatline.hardware.legality import Verdict, attention_verdict, format_verdict, fp8_emulated
 
 __all__ = [
     "CATALOG",
@@ -12,6 +12,7 @@ __all__ = [
     "attention_verdict",
     "detect",
     "format_verdict",
+    "fp8_emulated",
     "lookup",
     "resolve",
     "target",

@@ -54,6 +54,17 @@ def format_verdict(hardware: Hardware, number_format: str) -> Verdict:
     return _capability_verdict(hardware, number_format, _FORMAT_NEEDS[number_format], "units")
 
 
+def fp8_emulated(hardware: Hardware) -> str:
+    """Return why fp8 matrix products are emulated on `hardware`; "" where it has units for them.
+
+    torch has a scaled fp8 product (`torch._scaled_mm`) for those units only. Casts to fp8 run everywhere.
+    """
+    if hardware.kind == "cpu":
+        return f"torchao has no fp8 products for CPUs ({hardware.name})"
+    verdict = format_verdict(hardware, "fp8")
+    return "" if verdict else verdict.reason
+
+
 def attention_verdict(hardware: Hardware, kernel: str) -> Verdict:
     """Say whether `hardware` runs an attention kernel: math, efficient, flash, cudnn, flex, flash-attn-2, flash-attn-3.
 

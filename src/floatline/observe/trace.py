@@ -35,7 +35,7 @@ from floatline.techniques.distributed.standing_in import leaving_out_shadows
 from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
-TWO_UPDATES = frozenset({"optimizer_offload", "sharding", "kahan", "stochastic_rounding"})
+TWO_UPDATES = frozenset({"optimizer_offload", "sharding", "master_weights", "kahan", "stochastic_rounding"})
 """Techniques whose first update allocates otherwise than the later ones."""
 MOST_TRACED = 2
 """Micro-batches of one update that are run."""
@@ -89,6 +89,7 @@ def trace(
             names = {applied.technique.name for applied in step.stack.applied}
             once = quick and not names & TWO_UPDATES
             _update(recorder, step, batch, 1 if once else 2)
+            recorder.trace.notes += step.precision.notes
             if once:
                 recorder.trace.repeat()
     return recorder.trace
@@ -164,7 +165,7 @@ def _update(recorder: Recorder, step: TrainStep, batch: Any, updates: int) -> No
 
 def _infer(recorder: Recorder, model: nn.Module, batch: Any, precision: Any, hardware: Hardware) -> None:
     policy = resolve_precision(precision, hardware).policy
-    applied = apply_precision(model.eval(), policy)
+    applied = apply_precision(model.eval(), policy, hardware)
     _start(recorder, model)
     with module_names(model, recorder), torch.no_grad(), applied.autocast():
         recorder.begin(0)

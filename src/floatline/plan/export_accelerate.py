@@ -27,7 +27,8 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
     """
     known = techniques_of(plan)
     policy = Policy.parse(plan.precision)
-    mixed = "fp16" if policy.base.loss_scaling else "bf16" if policy.name == "bf16-mixed" else "no"
+    bf16 = policy.base.mixed and policy.base.arithmetic == "bf16"
+    mixed = "fp16" if policy.base.loss_scaling else "bf16" if bf16 else "no"
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "FSDP" if "sharding" in known else "NO",
@@ -113,7 +114,7 @@ def fsdp_config(plan: Plan) -> dict[str, Any]:
     return {
         "wrap": list(plan.probe.layer_classes),
         "mp_policy": {
-            "param_dtype": _DTYPES[base.compute] if lower else None,
+            "param_dtype": _DTYPES[base.arithmetic] if lower else None,
             "reduce_dtype": None if base.compute == "fp32" else "float32",
         },
         "reshard_after_forward": sharding.reshard_after_forward,

@@ -46,7 +46,7 @@ def trainer_arguments(plan: Plan) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": -(-plan.probe.samples // parts),
         "gradient_accumulation_steps": parts,
-        "bf16": policy.name == "bf16-mixed",
+        "bf16": policy.base.mixed and policy.base.arithmetic == "bf16",
         "fp16": policy.base.loss_scaling,
         "max_grad_norm": plan.max_grad_norm or 0.0,  # 0 is Trainer's "do not clip"
     }
@@ -127,7 +127,13 @@ def precision_gaps(plan: Plan) -> dict[str, str]:
         said.append("load the model with dtype=torch.bfloat16; no flag is set")
     if policy.base.master_weights:
         said.append("fp16 weights with fp32 masters are not there: load the model in fp32, fp16 computes the same")
-    said += [f"run {rule.pattern} under torch.autocast(enabled=False, ...) for {rule}" for rule in policy.rules]
+    if policy.base.compute == "fp8":
+        said.append(
+            "no flag makes the same layers fp8: call torchao.float8.convert_to_float8_training(model, "
+            f"module_filter_fn=..., config=Float8LinearConfig.from_recipe_name({policy.base.scaling!r})) before Trainer"
+        )
+    islands = [rule for rule in policy.rules if policy.base.compute != "fp8" or rule.format == "32"]
+    said += [f"run {rule.pattern} under torch.autocast(enabled=False, ...) for {rule}" for rule in islands]
     return {"precision": "; ".join(said)} if said else {}
 
 

@@ -23,6 +23,7 @@ BANDWIDTH_SHARE = 0.85
 LAUNCH_SECONDS = 5e-6
 """A kernel launch from eager PyTorch; shorter kernels wait for it."""
 _FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp32"}
+_FORMATS |= {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
 _BUS = {6: 12e9, 7: 12e9, 8: 24e9, 9: 50e9, 10: 50e9, 12: 50e9}
 """Bytes/s over PCIe 3, 4 and 5 x16, by major compute capability."""
 _CPU_FLOPS, _CPU_BANDWIDTH = 5e11, 2e10

@@ -1,7 +1,7 @@
 """Put a policy on a model, and take it off again.
 
-Three things can happen to the model: its weights are cast (`-true`), modules named by rules become islands, and the
-forward of the whole model casts its floating inputs (`-true`). Autocast is not on the model but around the step, so it
+Four things can happen to the model: its weights are cast (`-true`), modules named by rules become islands, the forward
+of the whole model casts its floating inputs (`-true`), and linear layers multiply in fp8 (float8.py). Autocast is not on the model but around the step, so it
 is handed out as a context (`AppliedPrecision.autocast`).
 
 Under `-true` floating buffers are cast like weights, with two exceptions: batch-norm keeps its weights and statistics
@@ -11,14 +11,19 @@ in fp32 (running averages with momentum 0.1 stall in 8 bits), and rotary `inv_fr
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from floatline.errors import PrecisionError
+from floatline.errors import FloatlineWarning, PrecisionError
+from floatline.hardware import Hardware, detect, fp8_emulated
+from floatline.hardware import resolve as resolve_hardware
 from floatline.patch import ForwardPatch
+from floatline.precision.float8 import Float8Layer, convert
+from floatline.precision.float8_layers import choose_linears, rule_over
 from floatline.precision.islands import DTYPES, cast_inputs, make_island
 from floatline.precision.policy import RULE_FORMATS, Policy
 from floatline.select import near_names, select_modules
@@ -33,30 +38,40 @@ class AppliedPrecision:
 
     Attributes:
         policy: The policy that was applied.
-        touched: Dotted names of the modules that rules made islands, with their format ("32", "bf16", "16").
+        touched: Dotted names of the modules that rules made islands, with their format ("32", "bf16", "16"), and of
+            the linear layers that compute in fp8 ("fp8").
+        kept: Dotted names of the linear layers that an fp8 policy leaves in bf16 or fp32, each with the reason.
+        notes: What was chosen automatically, for a user to read.
     """
 
     policy: Policy
     device_type: str
     touched: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     _patches: list[ForwardPatch] = field(default_factory=list)
     _formats: list[tuple[torch.Tensor, torch.dtype]] = field(default_factory=list)
+    _float8: dict[str, Float8Layer] = field(default_factory=dict)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context that forward and loss run in."""
         if not self.policy.base.mixed:
             return nullcontext()
-        return torch.autocast(self.device_type, dtype=DTYPES[self.policy.base.compute])
+        return torch.autocast(self.device_type, dtype=DTYPES[self.policy.base.arithmetic])
 
     def undo(self) -> None:
         """Remove islands and casts and restore every tensor's dtype."""
         for patch in reversed(self._patches):
             patch.undo()
+        for layer in self._float8.values():
+            layer.undo()
         for tensor, dtype in self._formats:
             tensor.data = tensor.data.to(dtype)
         self._patches.clear()
         self._formats.clear()
+        self._float8.clear()
         self.touched.clear()
+        self.kept.clear()
 
     def _cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         if tensor.is_floating_point() and tensor.dtype != dtype:
@@ -66,24 +81,22 @@ class AppliedPrecision:
                 tensor.grad = None
 
 
-def apply_precision(model: nn.Module, policy: Policy) -> AppliedPrecision:
+def apply_precision(model: nn.Module, policy: Policy, hardware: Hardware | None = None) -> AppliedPrecision:
     """Apply `policy` to `model` in place.
 
     Args:
         model: Any module. Trainable weights must be fp32 for a `-mixed` policy.
         policy: What to apply; legality on the device is checked elsewhere (choose.resolve).
+        hardware: Whose fp8 units count; None is what the model is on.
 
     Returns:
         A handle with the touched modules, the autocast context and `undo()`.
 
     Raises:
         PrecisionError: A rule matches nothing or a mere container, two rules contradict on a module or on a shared
-            weight; half-precision weights under a `-mixed` policy that are trainable or in an fp32 island.
+            weight; half-precision weights under a `-mixed` policy that are trainable or in an fp32 island; a rule
+            that forces a layer into fp8 whose dims are no multiples of 16.
     """
-    if policy.base.compute not in DTYPES:
-        raise PrecisionError(
-            f"{policy.name} cannot be applied: training in fp8 is not built yet", hint="use bf16-mixed"
-        )
     targets = match_rules(model, policy)
     _refuse_half_weights(model, policy, targets)
     applied = AppliedPrecision(policy, _device_type(model))
@@ -91,6 +104,8 @@ def apply_precision(model: nn.Module, policy: Policy) -> AppliedPrecision:
         formats = _weight_formats(model, policy, targets)
         _refuse_split_ties(model, formats)
         _cast_weights(applied, model, formats)
+    if policy.base.compute == "fp8":
+        _convert_linears(applied, model, targets, hardware)
     _patch_forwards(applied, model, targets)
     return applied
 
@@ -114,10 +129,13 @@ def extend_precision(applied: AppliedPrecision, model: nn.Module, rule: str) -> 
             hint=f"start anew with precision='{policy}; {rule}'",
         )
     longer = Policy.parse(f"{policy}; {rule}")
-    fresh = {name: fmt for name, fmt in match_rules(model, longer).items() if name not in applied.touched}
+    islands = {name: kind for name, kind in applied.touched.items() if kind != "fp8"}
+    targets = match_rules(model, longer)
+    fresh = {name: fmt for name, fmt in targets.items() if name not in islands and fmt != "fp8"}
     if not fresh:
         raise PrecisionError(f"{rule}: the module is an island already")
     _refuse_half_weights(model, longer, fresh)
+    _take_out(applied, targets)
     _patch_forwards(applied, model, fresh)
     applied.policy = longer
     return longer
@@ -140,7 +158,7 @@ def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
                 hint="near names: " + ", ".join(near) if near else "names are dotted paths from the model's root",
             )
         for name, module in names.items():
-            if type(module).forward is nn.Module.forward:
+            if type(module).forward is nn.Module.forward and rule.format != "fp8":  # which is for the linears inside
                 raise PrecisionError(
                     f"precision rule {rule} matches {name}, a {type(module).__name__} that is never called itself",
                     hint=f"name what is in it: {name}.*={rule.format}",
@@ -221,11 +239,45 @@ def _cast_weights(applied: AppliedPrecision, model: nn.Module, formats: dict[str
                 applied._cast(tensor, dtype)
 
 
+def _convert_linears(
+    applied: AppliedPrecision, model: nn.Module, targets: dict[str, str], hardware: Hardware | None
+) -> None:
+    """Make the linear layers of an fp8 policy multiply in fp8."""
+    device_type, scaling = applied.device_type, applied.policy.base.scaling
+    if hardware is None:
+        hardware = detect() if device_type == "cuda" else resolve_hardware("cpu")
+    choice = choose_linears(model, applied.policy, targets)
+    why = fp8_emulated(hardware)
+    applied._float8 = convert(choice.chosen, scaling, emulate=bool(why), device_type=device_type)
+    applied.touched |= dict.fromkeys(choice.chosen, "fp8")
+    applied.kept |= choice.kept
+    applied.notes = (f"{choice}; {scaling} scales", *([f"fp8 products are emulated: {why}"] if why else []))
+    if not choice.chosen:
+        warnings.warn(
+            f"{applied.policy} computes nothing in fp8, so it is bf16-mixed: {choice}. To take layers in all the same, "
+            "name them: model.layers.*=fp8",
+            FloatlineWarning,
+            stacklevel=3,
+        )
+
+
+def _take_out(applied: AppliedPrecision, targets: dict[str, str]) -> None:
+    """Give the layers back to bf16 or fp32 that a new rule keeps high."""
+    for name in list(applied._float8):
+        rule = rule_over(name, targets)
+        if rule and targets[rule] != "fp8":
+            applied._float8.pop(name).undo()
+            del applied.touched[name]
+            applied.kept[name] = f"rule: {rule}={targets[rule]}"
+
+
 def _patch_forwards(applied: AppliedPrecision, model: nn.Module, targets: dict[str, str]) -> None:
     base = applied.policy.base
     outer = None if base.mixed else DTYPES[base.compute]
     modules = dict(model.named_modules())
     for name, number_format in targets.items():
+        if number_format == "fp8":
+            continue
         dtype = DTYPES[RULE_FORMATS[number_format]]
         lower = dtype is not torch.float32 and base.weights == "fp32"
         patch = make_island(modules[name], dtype, device_type=applied.device_type, outer=outer, by_autocast=lower)

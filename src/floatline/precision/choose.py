@@ -2,7 +2,11 @@
 
 `auto` follows what the hardware multiplies natively: bf16 where there are bf16 units (compute capability 8.0, CPUs with
 bf16 instructions), else fp16 with loss scaling on GPUs, else fp32. Emulated bf16 (T4, V100, P100) is never
-chosen: it runs, slower than fp32.
+chosen: it runs, slower than fp32. Nor is fp8 ever chosen: it is quicker for large layers only, and what it costs in
+accuracy depends on the model; measure it (`floatline audit`) and ask for it by name.
+
+Asked for, fp8 runs wherever bf16 does. Where there are no fp8 units (CPUs, GPUs below 8.9) its products are emulated in
+fp32, with the reason: the numbers of fp8, slower than bf16.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from floatline.errors import PrecisionError
-from floatline.hardware import Hardware, format_verdict
+from floatline.hardware import Hardware, format_verdict, fp8_emulated
 from floatline.precision.policy import BASES, Policy, split_policy
 
 
@@ -58,18 +62,21 @@ def resolve(precision: str | Policy, hardware: Hardware) -> Choice:
 
 
 def _check(policy: Policy, hardware: Hardware) -> str:
-    if policy.base.compute == "fp8":
-        verdict = format_verdict(hardware, "fp8")
-        why = "training in fp8 is not built yet" if verdict else verdict.reason
-        raise PrecisionError(f"{policy.name} cannot run: {why}", hint=_instead(hardware))
+    emulated = _emulated(hardware) if policy.base.compute == "fp8" else []
+    formats = sorted(policy.formats - {"fp8"})
     if hardware.kind == "cpu":  # torch's CPU kernels take all of them; slow is not wrong
-        slow = [verdict.reason for fmt in sorted(policy.formats) if not (verdict := format_verdict(hardware, fmt))]
-        return "; ".join(["asked for", *slow])
-    for number_format in sorted(policy.formats):
+        slow = [verdict.reason for fmt in formats if not (verdict := format_verdict(hardware, fmt))]
+        return "; ".join(["asked for", *slow, *emulated])
+    for number_format in formats:
         verdict = format_verdict(hardware, number_format)
         if not verdict:
             raise PrecisionError(f"{policy} cannot run on {hardware.name}: {verdict.reason}", hint=_instead(hardware))
-    return "asked for"
+    return "; ".join(["asked for", *emulated])
+
+
+def _emulated(hardware: Hardware) -> list[str]:
+    why = fp8_emulated(hardware)
+    return [f"{why}, so fp8 products are emulated in fp32: fp8's numbers, slower than bf16"] if why else []
 
 
 def _instead(hardware: Hardware) -> str:

@@ -13,10 +13,15 @@ A policy is one of the field's names plus rules for modules, and prints as the s
 | 16-true    | fp16    | fp16   | yes        | an fp32 copy       |
 | fp8-mixed  | fp32    | fp8    | no         | the weights        |
 
+`fp8-mixed` computes large linear layers in fp8 (precision/float8.py says which) and the rest as `bf16-mixed` does. It
+gives each tensor one scale; `fp8-rowwise-mixed` and `fp8-rowwise-gw-hp-mixed` are torchao's finer recipes: a scale for
+each row, and the weights' gradient in bf16 as well.
+
 `-mixed` is torch.autocast over fp32 weights; `-true` casts the weights. `16-true` keeps an fp32 master copy because
 fp16 weights alone cannot hold small updates and torch's GradScaler refuses to unscale fp16 gradients. A rule
 `path=32|bf16|16` gives the matched modules a format of their own (precision/islands.py); `16` only where the policy
-scales the loss.
+scales the loss. Under the fp8 names `path=bf16` keeps linears out of fp8, and `path=fp8` takes all linears in the
+matched modules in, those too that would be kept high by themselves.
 
 Not covered here: whether a device can run it (precision/choose.py) and how it is put on a model (precision/apply.py).
 """
@@ -27,7 +32,7 @@ from dataclasses import dataclass
 
 from floatline.errors import PrecisionError, did_you_mean
 
-RULE_FORMATS = {"32": "fp32", "bf16": "bf16", "16": "fp16"}
+RULE_FORMATS = {"32": "fp32", "bf16": "bf16", "16": "fp16", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,13 @@ class Base:
     compute: str
     loss_scaling: bool = False
     master_weights: bool = False
+    scaling: str = ""
+    """How fp8 tensors are scaled: torchao's name of the recipe."""
+
+    @property
+    def arithmetic(self) -> str:
+        """The format of what is not fp32 and, under fp8, not one of its linear layers."""
+        return "bf16" if self.compute == "fp8" else self.compute
 
     @property
     def mixed(self) -> bool:
@@ -54,14 +66,16 @@ BASES: dict[str, Base] = {
         Base(name="16-mixed", weights="fp32", compute="fp16", loss_scaling=True),
         Base(name="bf16-true", weights="bf16", compute="bf16"),
         Base(name="16-true", weights="fp16", compute="fp16", loss_scaling=True, master_weights=True),
-        Base(name="fp8-mixed", weights="fp32", compute="fp8"),
+        Base(name="fp8-mixed", weights="fp32", compute="fp8", scaling="tensorwise"),
+        Base(name="fp8-rowwise-mixed", weights="fp32", compute="fp8", scaling="rowwise"),
+        Base(name="fp8-rowwise-gw-hp-mixed", weights="fp32", compute="fp8", scaling="rowwise_with_gw_hp"),
     )
 }
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One module rule: modules that match `pattern` compute in `format` ("32", "bf16" or "16")."""
+    """One module rule: modules that match `pattern` compute in `format` ("32", "bf16", "16" or "fp8")."""
 
     pattern: str
     format: str
@@ -105,6 +119,11 @@ class Policy:
                     f"rule {rule} under {self.name}: fp16 gradients need loss scaling, which {self.name} has not",
                     hint=f"write {rule.pattern}=bf16, or start from 16-mixed",
                 )
+            if rule.format == "fp8" and self.base.compute != "fp8":
+                raise PrecisionError(
+                    f"rule {rule} under {self.name}: fp8 layers need an fp8 policy",
+                    hint="start from fp8-mixed",
+                )
             if seen.setdefault(rule.pattern, rule.format) != rule.format:
                 raise PrecisionError(
                     f"precision rules contradict each other: {rule.pattern}={seen[rule.pattern]} and {rule}",
@@ -118,7 +137,7 @@ class Policy:
     @property
     def formats(self) -> set[str]:
         """Formats that matrix products use anywhere under this policy."""
-        return {self.base.compute} | {RULE_FORMATS[rule.format] for rule in self.rules}
+        return {self.base.compute, self.base.arithmetic} | {RULE_FORMATS[rule.format] for rule in self.rules}
 
     @classmethod
     def parse(cls, text: str | Policy) -> Policy:

@@ -192,7 +192,7 @@ class TrainStep:
         self._ordered: tuple[list[int], list[str]] = ([], [])
         self.buffers = LiveBuffers(self.model)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
-        carries = any(self.stack.find(name) is not None for name in ("kahan", "stochastic_rounding"))
+        carries = any(self.stack.find(name) is not None for name in ("master_weights", "kahan", "stochastic_rounding"))
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
         self.rollback = Rollback(guard, self.model, self, self.agreement.any)
@@ -221,7 +221,7 @@ class TrainStep:
             raise ConfigError(f"{type(self.model).__name__} has no trainable parameters", hint="unfreeze some of them")
         if self.policy.base.master_weights:
             self._exact = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        self.precision = apply_precision(self.model, self.policy)
+        self.precision = apply_precision(self.model, self.policy, self.hardware)
         return self.precision.undo
 
     def _prepare_optimizer(self, optimizer: torch.optim.Optimizer | OptimizerFactory, names: dict[int, str]) -> None:

@@ -38,12 +38,12 @@ class MixedPrecision(Technique):
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
         choice = resolve_precision(self.policy, hardware)
-        applied = apply_precision(model, choice.policy)
+        applied = apply_precision(model, choice.policy, hardware)
         return Applied(
             technique=self,
             touched=("", *applied.touched),
             undo=applied.undo,
-            notes=(f"{choice.policy}: {choice.reason}",),
+            notes=(f"{choice.policy}: {choice.reason}", *applied.notes),
             around=applied.autocast,
         )
 

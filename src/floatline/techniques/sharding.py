@@ -131,7 +131,7 @@ def _islands(model: nn.Module, policy: Policy) -> dict[str, torch.dtype]:
     """Return the modules whose weights have another format than the policy's, by name: of rules, and batch norms."""
     if policy.base.compute == "fp32":
         return {}
-    islands = {name: DTYPES[RULE_FORMATS[rule]] for name, rule in match_rules(model, policy).items()}
+    islands = {name: DTYPES[RULE_FORMATS[rule]] for name, rule in match_rules(model, policy).items() if rule != "fp8"}
     norms = {name: torch.float32 for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)}
     return {**norms, **islands}
 
@@ -152,7 +152,7 @@ class _Formats:
         self.policy = policy
         self.islands = islands
         lower = policy.base.mixed and gather == "policy"
-        self.compute = DTYPES[policy.base.compute] if lower else None
+        self.compute = DTYPES[policy.base.arithmetic] if lower else None
 
     def of(self, name: str) -> torch.dtype | None:
         """Return the format that the unit of this name is gathered in, None for the one its weights have."""
@@ -178,7 +178,7 @@ class _Formats:
     def __str__(self) -> str:
         if self.policy.base.compute == "fp32":
             return "all in fp32"
-        weights = self.policy.base.weights if self.compute is None else self.policy.base.compute
+        weights = self.policy.base.weights if self.compute is None else self.policy.base.arithmetic
         return f"weights gathered in {weights}, gradients summed in fp32"
 
 

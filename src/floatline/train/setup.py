@@ -302,7 +302,7 @@ def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
 
 def note_techniques(step: TrainStep, manifest: Manifest, say: Say) -> None:
     """Tell what each technique touched and chose, on the screen and in run.json."""
-    for note in step.stack.notes:
+    for note in [*step.precision.notes, *step.stack.notes]:
         say(note)
     manifest.update(
         techniques=[

@@ -1,0 +1,381 @@
+"""A meter over all ops of a step in a lower format: what each op loses by itself, and what has come together.
+
+The step runs as it is, in its lower format. Beside each op that has to do with that format three more run:
+
+    exact    in fp64 on the shadows of its inputs (shadows.py): the step as it would be without rounding
+    low      the same inputs, rounded to the formats that the op was given: its local error
+    fp32     the same inputs in fp32: what fp32 loses there
+
+So no two runs have to be aligned: the program's own course decides which ops there are, in the backward too, where an
+op belongs to the forward op whose derivative it is. Casts are no-ops on shadows, also those that a model's code does
+by hand. Comparisons, maxima and casts to integers are decisions; those that come out otherwise on exact values are
+counted, and the shadows go on with the exact decision.
+
+Random ops have no exact result: what they drew is taken to be exact.
+
+Not covered: `.item()` and what Python decides by it follow the lower format; compiled code must run eager; a custom
+kernel that cannot run in fp64 keeps its own result for a shadow (`unmeasured`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+
+from floatline.observe.error.measures import Measure, measure, relative_error, sampled
+from floatline.observe.error.shadows import Shadows
+from floatline.observe.error.sums import swallowed_share
+from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
+from floatline.observe.finite.origins import Spot
+from floatline.observe.finite.places import places
+from floatline.observe.finite.ran import written
+from floatline.observe.real import tensors_in
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+_UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One op of a program, all its calls together.
+
+    Attributes:
+        spot: Where it is; in the backward the forward op whose derivative it is.
+        phase: "forward" or "backward".
+        ran: Name of the op that ran: in the backward that of the derivative's formula.
+        measure: The worst of its calls; None where it has only decided.
+        calls: How many.
+        flipped: Decisions that came out otherwise.
+        decisions: Decisions in all.
+        stalled: Worst share of increments that a running sum would lose (sums.py); None for other ops.
+    """
+
+    spot: Spot
+    phase: str
+    ran: str
+    measure: Measure | None
+    calls: int = 1
+    flipped: int = 0
+    decisions: int = 0
+    stalled: float | None = None
+
+    def joined(self, other: Reading) -> Reading:
+        """Return both as one."""
+        pair = [m for m in (self.measure, other.measure) if m is not None]
+        stalls = [s for s in (self.stalled, other.stalled) if s is not None]
+        return replace(
+            self,
+            measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].worst(pair[1]),
+            calls=self.calls + other.calls,
+            flipped=self.flipped + other.flipped,
+            decisions=self.decisions + other.decisions,
+            stalled=max(stalls) if stalls else None,
+        )
+
+
+class ErrorMeter(TorchDispatchMode):
+    """The mode. Enter it by `metering` (metering.py).
+
+    Args:
+        local: Also run each op on exact inputs; without it there are shadows and decisions only.
+
+    Attributes:
+        shadows: The exact values.
+        phase: "forward" or "backward".
+        modules: Names of the modules whose forward runs, the innermost last.
+        unmeasured: Ops that have no exact result, and how often they ran.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, *, local: bool = True) -> None:
+        super().__init__()
+        self.shadows = Shadows()
+        self.phase = "forward"
+        self.modules: list[str] = [""]
+        self.unmeasured: Counter[str] = Counter()
+        self._local = local
+        self._readings: dict[tuple[Any, ...], Reading] = {}
+        self._nodes = Nodes()
+        self._root: FrameType | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @property
+    def readings(self) -> list[Reading]:
+        """All ops that were measured or have decided, in the order in which each ran first."""
+        return list(self._readings.values())
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase. Call it from the function that runs it: lines outside are not the program's."""
+        self.phase = phase
+        self.modules[:] = [""]
+        self._root = sys._getframe(1)
+
+    def reached(self, tensor: torch.Tensor) -> float:
+        """Return the relative RMSE that a tensor has by now."""
+        return relative_error(tensor.detach(), self.shadows.of(tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented
+        with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(func, torch._ops.OpOverload):
+            return self._opaque(func, args, kwargs)
+        name = func._schema.name.split("::")[-1]
+        self._tie(name)
+        if func.is_view or name in _UNWRITTEN:
+            out = func(*args, **kwargs)
+            if name in _UNWRITTEN:
+                self.shadows.forget(out)
+            return out
+        call = _Call(func, name, args, kwargs, self.shadows)
+        out = func(*args, **kwargs)
+        self._account(call, [t for t in call.results(out) if t.layout == torch.strided])
+        return out
+
+    def _opaque(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A higher-order operator: its result stands for itself."""
+        self.unmeasured[func.name()] += 1
+        return func(*args, **kwargs)
+
+    def _account(self, call: _Call, results: list[torch.Tensor]) -> None:
+        if not results or all(_shares(tensor, call.reads) for tensor in results if not call.writes):
+            return  # a view by another name
+        if call.draws:
+            self._drawn(call, results)
+            return
+        if not call.wanted(results):
+            return
+        exact = call.again(call.exact, torch.float64)
+        if exact is None or not _fit(exact, results):
+            exact = call.again(call.exact_by_given_decisions, torch.float64)
+        if exact is None or not _fit(exact, results):
+            self.unmeasured[call.name] += 1
+            for tensor in results:
+                self.shadows.forget(tensor)
+            return
+        self._note(call, results, exact)
+        for tensor, values in zip(results, exact):
+            if tensor.is_floating_point() or self.shadows.known(tensor) or not torch.equal(tensor, values):
+                self.shadows.set(tensor, values if tensor.is_floating_point() else values.to(tensor.dtype))
+
+    def _drawn(self, call: _Call, results: list[torch.Tensor]) -> None:
+        """Random numbers stand for themselves; dropout keeps its mask."""
+        for tensor in results:
+            self.shadows.forget(tensor)
+        if call.name == "native_dropout" and len(results) == 2:
+            share = call.args[1]
+            kept = call.exact[id(call.args[0])] * results[1].double()
+            self.shadows.set(results[0], kept / (1 - share) if share < 1 else kept)
+
+    # What is measured
+
+    def _note(self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+        decisions = [(t, e) for t, e in zip(results, exact) if call.decides and not t.is_floating_point()]
+        lowered = call.lowered(results)
+        if lowered and call.name == "_to_copy":  # of large weights a sample is cast, not all again
+            call, results, exact = call.sampled(results), [sampled(results[0])], [sampled(exact[0])]
+        if not decisions and not (lowered and self._local):
+            return
+        low = fp32 = None
+        if lowered and self._local:
+            low = call.again(call.exact, None)
+            fp32 = call.again(call.exact, torch.float32)
+        worst: Measure | None = None
+        for place, (tensor, values) in enumerate(zip(results, exact)):
+            if low is None or not _fit(low, results) or not tensor.is_floating_point() or not tensor.numel():
+                continue
+            other = fp32[place] if fp32 is not None and _fit(fp32, results) else None
+            one = measure(values, low[place], other, tensor)
+            worst = one if worst is None else worst.worst(one)
+        flipped = sum(int((t != e.to(t.dtype)).sum()) for t, e in decisions)
+        if worst is None and not decisions:
+            return
+        self._add(
+            Reading(
+                spot=self._spot(call.name),
+                phase="backward" if derivative_that_runs() is not None else self.phase,
+                ran=call.name,
+                measure=worst,
+                flipped=flipped,
+                decisions=sum(t.numel() for t, _ in decisions),
+                stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
+            )
+        )
+
+    def _add(self, reading: Reading) -> None:
+        key = (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
+        known = self._readings.get(key)
+        self._readings[key] = reading if known is None else known.joined(reading)
+
+    # Where the program is
+
+    def _tie(self, name: str) -> None:
+        number = self._nodes.newest()
+        if number is not None:
+            node = derivative_that_runs()
+            self._nodes.note(number, self._here(name) if node is None else self._nodes.spot(node, name))
+
+    def _spot(self, name: str) -> Spot:
+        node = derivative_that_runs()
+        return self._here(name) if node is None else self._nodes.spot(node, name)
+
+    def _here(self, name: str) -> Spot:
+        user, library = places(self._root)
+        return Spot(op=name, module=self.modules[-1], user=user or library, library=library)
+
+
+class _Call:
+    """One call of an op: its tensors before it ran, and the way to run it again in another format.
+
+    Args:
+        func: The op.
+        name: Its aten name.
+        args: What it is given.
+        kwargs: Likewise.
+        shadows: For the exact inputs.
+    """
+
+    def __init__(self, func: Any, name: str, args: Any, kwargs: Any, shadows: Shadows) -> None:
+        self.func = func
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self.reads = [t for t in tensors_in([args, kwargs]) if t.layout == torch.strided]
+        self.writes = written(func, args, kwargs)
+        over = {id(tensor) for tensor in self.writes}
+        self.exact: dict[int, torch.Tensor] = {}
+        self.given: dict[int, torch.Tensor] = {}
+        self.decisions: dict[int, torch.Tensor] = {}
+        for tensor in self.reads:
+            if tensor.is_floating_point():
+                values = shadows.of(tensor)
+                self.exact[id(tensor)] = values.clone() if id(tensor) in over else values
+            elif not tensor.is_complex():
+                decided = shadows.decided(tensor)
+                if decided is not None:
+                    self.decisions[id(tensor)] = decided.clone() if id(tensor) in over else decided
+                elif id(tensor) in over:
+                    self.given[id(tensor)] = tensor.clone()
+        self.exact_by_given_decisions = self.exact
+        self.exact = {**self.exact, **self.decisions}
+
+    @property
+    def draws(self) -> bool:
+        """Whether it takes random numbers; attention does where it drops out."""
+        if torch.Tag.nondeterministic_seeded not in self.func.tags:
+            return False
+        schema = self.func._schema.arguments
+        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        given.update(zip((argument.name for argument in schema), self.args), **self.kwargs)
+        return bool(given.get("dropout_p", 1.0))
+
+    @property
+    def decides(self) -> bool:
+        """Whether integers or booleans come of floating inputs."""
+        return any(tensor.is_floating_point() for tensor in self.reads)
+
+    def named(self, values: dict[int, torch.Tensor]) -> list[Any]:
+        """Return its positional arguments with `values` in the tensors' places."""
+        return [values.get(id(value), value) for value in self.args]
+
+    def results(self, out: Any) -> list[torch.Tensor]:
+        """Return what it gave and what it wrote, each once."""
+        found: list[torch.Tensor] = []
+        for tensor in [*tensors_in(out), *self.writes]:
+            if all(tensor is not other for other in found):
+                found.append(tensor)
+        return found
+
+    def wanted(self, results: list[torch.Tensor]) -> bool:
+        """Say whether shadows have to be kept for the results."""
+        return bool(self.decisions) or any(t.is_floating_point() for t in [*self.reads, *results])
+
+    def lowered(self, results: list[torch.Tensor]) -> bool:
+        """Say whether the op has to do with a half format."""
+        return any(tensor.dtype in HALVES for tensor in [*self.reads, *results])
+
+    def sampled(self, results: list[torch.Tensor]) -> _Call:
+        """Return a cast of a sample of its input."""
+        given = self.args[0]
+        few = sampled(given)
+        call = _Call(self.func, self.name, (few,), {"dtype": results[0].dtype}, Shadows())
+        if id(given) in self.exact:
+            call.exact[id(few)] = sampled(self.exact[id(given)])
+        return call
+
+    def again(self, values: dict[int, torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor] | None:
+        """Run it once more.
+
+        Args:
+            values: The exact inputs.
+            dtype: fp64: all floats in it; fp32: half formats in it; None: in the formats that it was given.
+
+        Returns:
+            As `results`; None where it does not run so.
+        """
+        made: dict[int, torch.Tensor] = {}
+
+        def tensor_of(tensor: torch.Tensor) -> torch.Tensor:
+            key = id(tensor)
+            if key not in made:
+                if key in values:
+                    exact = values[key]
+                    goal = exact.dtype if not exact.is_floating_point() else _format(tensor.dtype, dtype)
+                    made[key] = exact.to(goal, copy=any(tensor is other for other in self.writes))
+                else:
+                    made[key] = self.given[key].clone() if key in self.given else tensor
+            return made[key]
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return tensor_of(value)
+            if isinstance(value, torch.dtype):
+                return _format(value, dtype) if value.is_floating_point else value
+            return type(value)(map(changed, value)) if isinstance(value, (list, tuple)) else value
+
+        args = [changed(value) for value in self.args]
+        kwargs = {key: changed(value) for key, value in self.kwargs.items()}
+        if dtype is not None and self.name in ("_softmax", "_log_softmax"):
+            args[2] = False  # half_to_float
+        try:
+            out = self.func(*args, **kwargs)
+        except Exception:  # no kernel for it, or no memory
+            return None
+        outs: list[torch.Tensor] = []
+        for tensor in [*tensors_in(out), *(tensor_of(t) for t in self.writes)]:
+            if all(tensor is not other for other in outs):
+                outs.append(tensor)
+        return [tensor for tensor in outs if tensor.layout == torch.strided]
+
+
+def _format(given: torch.dtype, goal: torch.dtype | None) -> torch.dtype:
+    if goal is None or (goal is torch.float32 and given not in HALVES):
+        return given
+    return goal
+
+
+def _shares(tensor: torch.Tensor, others: list[torch.Tensor]) -> bool:
+    storage = tensor.untyped_storage()._cdata
+    return any(other.untyped_storage()._cdata == storage for other in others)
+
+
+def _fit(values: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
+    return len(values) == len(results) and all(v.shape == r.shape for v, r in zip(values, results))
+
+
