@@ -90,7 +90,9 @@ def test_a_rule_keeps_high_and_the_nearest_one_counts(number_format):
 
 
 def test_forcing_odd_dims_is_an_error():
-    with pytest.raises(PrecisionError, match=r"odd=fp8 takes in odd, which has 4113 inputs and.*16\nhint: add odd=bf16"):
+    with pytest.raises(
+        PrecisionError, match=r"odd=fp8 takes in odd, which has 4113 inputs and.*16\nhint: add odd=bf16"
+    ):
         choice_of("fp8-mixed; odd=fp8")
 
 

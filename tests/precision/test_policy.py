@@ -156,14 +156,17 @@ def test_auto_never_chooses_fp8():
     assert {choose(gpu).policy.base.compute for gpu in CATALOG.values()} == {"bf16", "fp16"}
 
 
-@pytest.mark.parametrize("text", ["fp8-mixed; lm_head=fp8; a.*=32; b=bf16", "fp8-rowwise-mixed", "fp8-rowwise-gw-hp-mixed"])
+@pytest.mark.parametrize(
+    "text", ["fp8-mixed; lm_head=fp8; a.*=32; b=bf16", "fp8-rowwise-mixed", "fp8-rowwise-gw-hp-mixed"]
+)
 def test_fp8_policies_print_as_what_parses_them(text):
     assert str(Policy.parse(text)) == text
 
 
 def test_fp8_rules_need_an_fp8_policy():
-    with pytest.raises(PrecisionError, match=r"rule a=fp8 under bf16-mixed: fp8 layers need an fp8 policy\nhint: .*fp8-mixed"):
+    with pytest.raises(
+        PrecisionError, match=r"rule a=fp8 under bf16-mixed: fp8 layers need an fp8 policy\nhint: .*fp8-mixed"
+    ):
         Policy.parse("bf16-mixed; a=fp8")
     with pytest.raises(PrecisionError, match=r"rule a=16 under fp8-mixed: fp16 gradients need loss scaling"):
         Policy.parse("fp8-mixed; a=16")
-

@@ -1,8 +1,8 @@
 """Put a policy on a model, and take it off again.
 
 Four things can happen to the model: its weights are cast (`-true`), modules named by rules become islands, the forward
-of the whole model casts its floating inputs (`-true`), and linear layers multiply in fp8 (float8.py). Autocast is not on the model but around the step, so it
-is handed out as a context (`AppliedPrecision.autocast`).
+of the whole model casts its floating inputs (`-true`), and linear layers multiply in fp8 (float8.py). Autocast is not
+on the model but around the step, so it is handed out as a context (`AppliedPrecision.autocast`).
 
 Under `-true` floating buffers are cast like weights, with two exceptions: batch-norm keeps its weights and statistics
 in fp32 (running averages with momentum 0.1 stall in 8 bits), and rotary `inv_freq` tables stay fp32 (positions past

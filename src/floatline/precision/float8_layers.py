@@ -12,8 +12,8 @@ places do not forgive them, and small layers get no quicker. So these are kept h
     odd dims                      fp8 units take inputs and outputs in multiples of 16
     not convertible               another class than nn.Linear, or weights that are not plain parameters
 
-A rule decides before all of these: `path=bf16` or `path=32` keeps a linear high, `path=fp8` takes it in, whatever it is;
-odd dims are an error then. What cannot be converted stays, and so do adapters inside of what such a rule names. The
+A rule decides before all of these: `path=bf16` or `path=32` keeps a linear high, `path=fp8` takes it in, whatever it
+is; odd dims are an error then. What cannot be converted stays, and so do adapters inside of what such a rule names. The
 nearest rule at or above a linear counts.
 
 First and last go by the order in which modules were defined, for a policy is put on a model that has not run yet; where
