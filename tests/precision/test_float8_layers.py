@@ -6,8 +6,8 @@ from torch import nn
 
 from floatline.errors import PrecisionError
 from floatline.precision import Policy
-from floatline.precision.apply import match_rules
 from floatline.precision.float8_layers import choose_linears, odd_dims, too_small
+from floatline.precision.rules import match_rules
 
 BIG, WIDE = 4112, 1040  # BIG inputs, or WIDE outputs, make a layer large enough for fp8 with one scale a tensor
 

@@ -8,7 +8,7 @@ from torch import nn
 from floatline.errors import PrecisionError
 from floatline.hardware import CATALOG, Hardware, lookup
 from floatline.precision import BASES, Policy, Rule, choose, resolve
-from floatline.precision.apply import match_rules
+from floatline.precision.rules import match_rules
 from floatline.select import matches, near_names, select_modules
 
 component = st.one_of(st.just("*"), st.just("**"), st.text("abcxyz_0123", min_size=1, max_size=6))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from floatline.audit.fp8 import POLICIES, Fp8Row
+from floatline.audit.fp8_row import POLICIES, Fp8Row
 from floatline.errors import ConfigError
 from floatline.precision import Policy
 from floatline.precision.float8_layers import choose_linears
