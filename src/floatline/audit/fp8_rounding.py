@@ -129,9 +129,10 @@ class OperandError:
 def operand_error(values: torch.Tensor, fmt: str, scaling: str, dim: int, *, square: bool = False) -> OperandError:
     """Measure `quantised` with the same arguments."""
     rounded = quantised(values, fmt, scaling, dim, square=square)
-    signal, noise = values.double().square().sum().item(), (rounded.double() - values).square().sum().item()
-    there = values != 0
-    lost = (there & (rounded == 0)).sum().item() / max(int(there.sum()), 1)
-    beyond = (values.abs() > number_format(fmt).max).double().mean().item() if scaling == "none" else 0.0
+    size = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny)  # squares of what is left cannot overflow
+    signal, noise = (((part / size).square().sum()).item() for part in (values, rounded - values))
+    there = values.count_nonzero().item()
+    lost = (there - rounded.count_nonzero().item()) / max(there, 1)
+    beyond = int((values.abs() > number_format(fmt).max).sum()) / values.numel() if scaling == "none" else 0.0
     ratio = signal / noise if noise else float("inf")
     return OperandError(underflow=lost, saturated=beyond, sqnr_db=10 * log(ratio, 10) if ratio > 0 else 0.0)
