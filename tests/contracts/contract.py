@@ -92,6 +92,7 @@ SPECS = {
         Spec("packing", models=frozenset({"gpt2", "qwen3_vl"}), tolerance=ROUNDING),
         Spec("low_bit_optimizer", tolerance=_EIGHT_BIT, approximate_state=True),
         Spec("optimizer_offload"),
+        Spec("master_weights", approximate_state=True),
         Spec("kahan", tolerance=ROUNDING, approximate_state=True),
         Spec("stochastic_rounding", tolerance=ROUNDING, approximate_state=True),
         Spec("optimizer_in_backward", clip=None, lists=False, precisions=("32-true", "bf16-mixed")),

@@ -10,8 +10,10 @@ from floatline.errors import ConfigError
 from floatline.techniques import make_technique
 from floatline.techniques.optim_steps.wide_step import (
     COMPENSATION,
+    MASTER,
     RANDOMNESS,
     Compensated,
+    MasterCopy,
     Stochastic,
     WideStep,
     round_stochastically,
@@ -19,7 +21,7 @@ from floatline.techniques.optim_steps.wide_step import (
 
 from .optimizer_cases import data, furthest, make, resumed, same, through_a_file, train
 
-BOTH = ["kahan", "stochastic_rounding"]
+BOTH = ["kahan", "stochastic_rounding", "master_weights"]
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100))
@@ -57,7 +59,9 @@ def trajectory(step_name, updates=300, lr=1e-5, beta2=0.999, weight_decay=0.0):
     for dtype in (torch.bfloat16, torch.float64):
         weight = torch.nn.Parameter(start.to(dtype).clone())
         plain = torch.optim.AdamW([weight], lr=lr, betas=(0.9, beta2), weight_decay=weight_decay)
-        rounding = {"kahan": Compensated, "stochastic_rounding": Stochastic}.get(step_name)
+        rounding = {"kahan": Compensated, "stochastic_rounding": Stochastic, "master_weights": MasterCopy}.get(
+            step_name
+        )
         optimizer = plain
         if rounding and dtype is torch.bfloat16:
             optimizer = WideStep(plain, rounding(), moments="bf16", bucket_bytes=2**20, seed=0, name=step_name)
@@ -77,10 +81,10 @@ def trajectory(step_name, updates=300, lr=1e-5, beta2=0.999, weight_decay=0.0):
 
 
 def test_small_updates_add_up():
-    """300 updates at 1e-5: plain bf16 stands nearly still, both techniques go the whole way."""
+    """300 updates at 1e-5: plain bf16 stands nearly still, the techniques go the whole way."""
     plain, exact = trajectory("plain")
     assert plain.norm() < 0.5 * exact.norm()
-    for name, error in (("kahan", 0.06), ("stochastic_rounding", 0.6)):
+    for name, error in (("kahan", 0.06), ("master_weights", 0.06), ("stochastic_rounding", 0.6)):
         got, exact = trajectory(name)
         along = (got @ exact) / (exact @ exact)
         assert along == pytest.approx(1.0, abs=0.02), name
@@ -134,7 +138,8 @@ def test_close_to_fp32_on_every_model(case, technique):
     assert furthest(*models) < 2e-2  # bf16 weights of up to 2, rounded
 
 
-@pytest.mark.parametrize("technique", [*BOTH, "kahan(moments=fp32)", "stochastic_rounding(moments=fp32, seed=3)"])
+@pytest.mark.parametrize("technique", [*BOTH, "kahan(moments=fp32)", "stochastic_rounding(moments=fp32, seed=3)",
+                                       "master_weights(moments=bf16)", "kahan(library=optimi)"])  # fmt: skip
 def test_resumes_bit_for_bit(technique):
     assert same(*resumed([technique], "bf16-true"))
 
@@ -168,6 +173,20 @@ def test_random_bits_of_another_device_are_left_out():
     assert step.optimizer.state_dict().get(RANDOMNESS, {}) == {}  # the next draw begins with the seed
     train(step, [data(1)])
     assert list(step.optimizer.state_dict()[RANDOMNESS]) == ["cpu"]
+
+
+def test_the_master_copy_is_what_is_stepped_and_the_weights_are_it_rounded():
+    model, step = make(["master_weights"], "bf16-true")
+    train(step, map(data, range(3)))
+    for parameter in model.parameters():
+        master = step.optimizer.state[parameter][MASTER]
+        assert master.dtype is torch.float32 and master.grad is None
+        assert torch.equal(parameter, master.bfloat16()) and not torch.equal(parameter.float(), master)
+    masters = {name: step.optimizer.state[p][MASTER].clone() for name, p in model.named_parameters()}
+    step.load_state_dict(through_a_file(step.state_dict()))
+    assert all(torch.equal(step.optimizer.state[p][MASTER], masters[name]) for name, p in model.named_parameters())
+    step.undo()
+    assert all(MASTER not in state for state in step.optimizer.state.values())
 
 
 def test_works_for_sgd_and_in_small_buckets():
@@ -241,7 +260,7 @@ def test_bad_input():
             make(list(pair))
 
 
-@pytest.mark.parametrize("name", ["kahan", "stochastic_rounding"])
+@pytest.mark.parametrize("name", BOTH)
 def test_a_seed_that_no_generator_takes(name):
     with pytest.raises(ConfigError, match=rf"{name}.seed is 9223372036854775808\nhint: give less than 2\^63"):
         make_technique(f"{name}(seed={2**63})")

@@ -1,1 +1,1 @@
-"""What must stay fp32: audit a model's precision and emit the cheapest policy that is safe."""
+"""What must stay fp32: audit a model's precision, op by op. `fl.audit(model, batch)` calls it."""

@@ -35,7 +35,7 @@ from floatline.techniques.distributed.standing_in import leaving_out_shadows
 from floatline.techniques.placement import watching
 
 MODES = ("train", "inference")
-TWO_UPDATES = frozenset({"optimizer_offload", "sharding", "kahan", "stochastic_rounding"})
+TWO_UPDATES = frozenset({"optimizer_offload", "sharding", "master_weights", "kahan", "stochastic_rounding"})
 """Techniques whose first update allocates otherwise than the later ones."""
 MOST_TRACED = 2
 """Micro-batches of one update that are run."""

@@ -192,7 +192,7 @@ class TrainStep:
         self._ordered: tuple[list[int], list[str]] = ([], [])
         self.buffers = LiveBuffers(self.model)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
-        carries = any(self.stack.find(name) is not None for name in ("kahan", "stochastic_rounding"))
+        carries = any(self.stack.find(name) is not None for name in ("master_weights", "kahan", "stochastic_rounding"))
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
         self.rollback = Rollback(guard, self.model, self, self.agreement.any)

@@ -25,6 +25,7 @@ HOMES = {
     "packing": "packing.Packing",
     "low_bit_optimizer": "low_bit_optimizer.LowBitOptimizer",
     "optimizer_offload": "optimizer_offload.OptimizerOffload",
+    "master_weights": "master_weights.Fp32Master",
     "kahan": "kahan.Kahan",
     "stochastic_rounding": "stochastic_rounding.StochasticRounding",
     "optimizer_in_backward": "optimizer_in_backward.OptimizerInBackward",

@@ -86,6 +86,7 @@ def test_clipping_takes_fake_gradients_together():
     ("technique", "precision"),
     [
         ("low_bit_optimizer", "32-true"),
+        ("master_weights", "bf16-true"),
         ("kahan", "bf16-true"),
         ("stochastic_rounding", "bf16-true"),
         ("optimizer_in_backward", "32-true"),

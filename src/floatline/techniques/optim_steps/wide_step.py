@@ -3,10 +3,11 @@
 A bf16 weight has 8 significant bits: an update below half its spacing (0.2-0.4 % of the weight) is rounded away, and
 at a learning rate of 1e-5 that is most of them. Here any torch optimizer steps on fp32 copies of a few parameters at a
 time, so all its arithmetic is fp32 and its hyperparameters mean what they always mean; then the copies are rounded
-down into the weights by one of two rules:
+down into the weights by one of three rules:
 
     Compensated   to nearest, and what was cut off is kept in a bf16 tensor and added again next time (Kahan)
     Stochastic    up or down at random, with the mean unchanged
+    MasterCopy    to nearest, and the fp32 copy itself is kept: the classic master weights
 
 The optimizer's moments are bf16 between steps as well, rounded stochastically: to nearest, the second moment stops
 moving under beta2 = 0.999, since 0.1 % is less than half a spacing. Or they are kept in fp32.
@@ -14,7 +15,7 @@ moving under beta2 = 0.999, since 0.1 % is less than half a spacing. Or they are
 Random bits come from a generator of its own, whose state is in the state dict: the model's randomness stays what it
 was, and a resumed run rounds as an uninterrupted one. fp32 parameters are stepped as they are, bit for bit.
 
-Costs a bucket's fp32 copies of weight, gradient and moments during the step.
+Costs a bucket's fp32 copies of weight, gradient and moments during the step, but for those that are fp32 anyway.
 Not covered: fp16 weights (`16-true` keeps fp32 masters), sharded parameters.
 
 Source: Higham, Accuracy and Stability of Numerical Algorithms, section 4.3 (compensated summation); Zamirai et al.,
@@ -33,6 +34,9 @@ from floatline.techniques.optim_steps.wrapped import WrappedOptimizer, saved_sta
 
 COMPENSATION = "kahan_comp"
 """Key in a parameter's state of what rounding cut off."""
+
+MASTER = "master"
+"""Key in a parameter's state of its fp32 copy."""
 
 RANDOMNESS = "rounding_generators"
 """Key in the state dict of the generators' states, by device."""
@@ -85,6 +89,21 @@ class Stochastic:
         parameter.copy_(round_stochastically(wide, generator))
 
 
+class MasterCopy:
+    """Rounding to nearest of an fp32 copy that stays: nothing is lost, for 4 bytes a parameter."""
+
+    def widen(self, parameter: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        master: torch.Tensor | None = state.pop(MASTER, None)
+        return parameter.detach().float() if master is None else master
+
+    def narrow(
+        self, parameter: torch.Tensor, wide: torch.Tensor, state: dict[str, Any], generator: torch.Generator
+    ) -> None:
+        parameter.copy_(wide)
+        wide.grad = None  # it lives on, its gradient need not
+        state[MASTER] = wide
+
+
 class WideStep(WrappedOptimizer):
     """Steps another optimizer on fp32 copies of bf16 parameters.
 
@@ -100,7 +119,7 @@ class WideStep(WrappedOptimizer):
     def __init__(
         self,
         inner: torch.optim.Optimizer,
-        rounding: Compensated | Stochastic,
+        rounding: Compensated | Stochastic | MasterCopy,
         *,
         moments: Literal["bf16", "fp32"],
         bucket_bytes: int,
@@ -174,21 +193,26 @@ class WideStep(WrappedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this or of the plain optimizer."""
         super().load_state_dict(state_dict)
-        if self.moments == "fp32":  # torch has cast them to the weights' format
-            for _, parameter, saved in saved_state_of(self, state_dict):
-                exact = {k: v.to(parameter.device, torch.float32, copy=True) for k, v in saved.items() if _is_moment(v)}
-                exact.pop(COMPENSATION, None)
-                self.state[parameter].update(exact if is_narrow(parameter) else {})
+        for _, parameter, saved in saved_state_of(self, state_dict):  # torch has cast them to the weights' format
+            exact = {
+                k: v.to(parameter.device, torch.float32, copy=True) for k, v in saved.items() if self._is_wide(k, v)
+            }
+            self.state[parameter].update(exact if is_narrow(parameter) else {})
         self._generators.clear()  # one that was not drawn from yet begins with its seed
         devices = {str(parameter.device) for group in self.param_groups for parameter in group["params"]}
         for key, randomness in state_dict.get(RANDOMNESS, {}).items():
             if key in devices:  # a run that goes on on another device draws from its seed anew
                 self._generator(torch.device(key)).set_state(randomness.cpu())
 
+    def _is_wide(self, key: str, value: Any) -> bool:
+        """Say whether a state value is kept in fp32 between steps."""
+        return key == MASTER or (self.moments == "fp32" and key != COMPENSATION and _is_moment(value))
+
     def finish(self) -> None:
         """Leave the inner optimizer with a state that is all its own."""
         for state in self.state.values():
             state.pop(COMPENSATION, None)
+            state.pop(MASTER, None)
 
 
 def is_narrow(parameter: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""What `kahan` and `stochastic_rounding` have in common: everything but the rounding (wide_step.py)."""
+"""What `kahan`, `stochastic_rounding`, `master_weights` have in common: everything but the rounding (wide_step.py)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 
 from floatline.hardware import Hardware
 from floatline.techniques.base import Applied, Stage, Technique
+from floatline.techniques.optim_steps.library_adam import LibraryAdam
 from floatline.techniques.optim_steps.partial_step import state_bytes
-from floatline.techniques.optim_steps.wide_step import Compensated, Stochastic, WideStep, is_narrow
+from floatline.techniques.optim_steps.wide_step import Compensated, MasterCopy, Stochastic, WideStep, is_narrow
 
 SHARDED = "the rounding works on whole parameters, not on shards; keep fp32 weights (sharding with bf16-mixed)"
 
@@ -30,7 +31,7 @@ class WideTechnique(Technique):
     """
 
     stage = Stage.OPTIMIZER
-    rounding: ClassVar[Compensated | Stochastic]
+    rounding: ClassVar[Compensated | Stochastic | MasterCopy]
 
     moments: Literal["bf16", "fp32"] = "bf16"
     bucket_bytes: int = 64 * 2**20
@@ -42,17 +43,22 @@ class WideTechnique(Technique):
         self.at_least("seed", 0)
         if self.seed >= 2**63:
             raise self.bad("seed", "give less than 2^63")
+        library = getattr(self, "library", "floatline")
+        ours = {field.name: field.default for field in fields(self) if field.name != "library"}
+        for name, default in ours.items() if library != "floatline" else ():
+            if getattr(self, name) != default:
+                raise self.bad(name, f"{library} has no such choice: leave {name} out, or write library='floatline'")
 
     def _apply(self, model: nn.Module, hardware: Hardware) -> Applied:
-        made: list[WideStep] = []
+        made: list[WideStep | LibraryAdam] = []
 
         def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-            made.append(self._widened(optimizer))
+            made.append(self._converted(optimizer, model, hardware))
             return made[-1]
 
         def undo() -> None:
-            for wide in made:
-                wide.finish()
+            for optimizer in made:
+                optimizer.finish()
             made.clear()
 
         def facts() -> dict[str, float]:
@@ -64,6 +70,14 @@ class WideTechnique(Technique):
         touched = narrow or tuple(trainable)
         return Applied(technique=self, touched=touched, undo=undo, notes=notes, optimizer=convert, facts=facts)
 
-    def _widened(self, optimizer: torch.optim.Optimizer) -> WideStep:
+    def _converted(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, hardware: Hardware
+    ) -> WideStep | LibraryAdam:
+        """Return the optimizer that steps in place of `optimizer`."""
         sizes = {"bucket_bytes": self.bucket_bytes, "seed": self.seed}
         return WideStep(optimizer, self.rounding, moments=self.moments, name=self.name, **sizes)
+
+
+def has_narrow(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether an optimizer has bf16 parameters; without them nothing is rounded, and its step stays as it is."""
+    return any(is_narrow(parameter) for group in optimizer.param_groups for parameter in group["params"])
