@@ -102,7 +102,7 @@ def test_what_cannot_be_converted_stays_although_forced(name):
 
 
 def test_a_rule_without_linear_layers_is_an_error():
-    with pytest.raises(PrecisionError, match="rule embed=fp8 names a module without linear layers"):
+    with pytest.raises(PrecisionError, match=r"rule embed=fp8 names a module without nn\.Linear layers"):
         choice_of("fp8-mixed; embed=fp8")
 
 
@@ -131,6 +131,12 @@ def test_limits_of_size_are_torchaos(scaling, inputs, outputs):
 
     takes = _auto_filter_for_recipe(scaling, [])(nn.Linear(inputs, outputs, device="meta"), "layer")
     assert bool(too_small(scaling, inputs, outputs)) is not takes
+
+
+def test_conv1d_is_told_as_not_convertible(zoo):
+    choice = choice_of("fp8-mixed", zoo["gpt2"].build())
+    assert choice.kept["transformer.h.0.attn.c_attn"].startswith("not convertible: a Conv1D of transformers")
+    assert not choice.chosen and "not convertible" in str(choice)
 
 
 def test_odd_dims_names_what_is_odd():

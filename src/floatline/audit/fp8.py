@@ -34,6 +34,7 @@ from floatline.errors import ConfigError, ModelError
 from floatline.observe.error.rounding import round_to
 from floatline.precision import Policy
 from floatline.precision.float8_layers import choose_linears, odd_dims
+from floatline.techniques.adapters.targets import is_transposed_linear
 
 __all__ = ["KEEP", "PER_BLOCK", "PER_TENSOR", "Fp8Row", "ProductError", "filter_of", "fp8_policy", "what_if"]
 
@@ -86,11 +87,7 @@ def _scalar(loss: Any) -> torch.Tensor:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
 @dataclass
@@ -156,7 +153,7 @@ class _Meter:
 
     def _weight(self) -> torch.Tensor:
         weight = self.module.weight
-        return self._rows(weight.t() if _is_conv1d(self.module) else weight, "weight")  # type: ignore[operator, arg-type]
+        return self._rows(weight.t() if is_transposed_linear(self.module) else weight, "weight")  # type: ignore[operator, arg-type]
 
     @torch.no_grad()
     def _product(
@@ -191,7 +188,6 @@ class _Meter:
 
     def row(self, flops: int, kept: dict[str, str]) -> Fp8Row:
         out_features, in_features = self._weight().shape
-        conv1d = "transformers' Conv1D is not converted by torchao" if _is_conv1d(self.module) else ""
         return Fp8Row(
             name=self.name,
             in_features=in_features,
@@ -202,7 +198,7 @@ class _Meter:
             errors={s: {product: total.result() for product, total in found.items()} for s, found in self.sums.items()},
             operands=self.operands,
             kept=kept,
-            impossible=odd_dims(in_features, out_features) or conv1d or _never_converted(kept),
+            impossible=odd_dims(in_features, out_features) or _never_converted(kept),
         )
 
 

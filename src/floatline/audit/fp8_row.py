@@ -95,7 +95,7 @@ class Fp8Row:
                 "a scale a row is enough" if self.fits("row") else f"a scale a row is not: {_told(self, 'row')}"
             )
         if self.verdict == KEEP and self.excess("bf16")[0] > EXCESS:
-            told.append(f"its terms cancel, bf16 loses as much: {_told(self, 'bf16')}")
+            told.append(f"its terms cancel, so bf16 suffers alike: {_told(self, 'bf16')}")
         if self.verdict != PER_TENSOR and (lost := self._lost()):
             told.append(lost)
         if len(self.errors["tensor"]) == 1:

@@ -303,7 +303,8 @@ def _output(output: Any, source: str) -> torch.Tensor:
             return leaf
     kinds = ", ".join(sorted({_kind(leaf) for leaf in leaves})) or _kind(output)
     raise ModelError(
-        f"{source} returned no floating tensor ({kinds})", hint="pass loss=(model, batch) -> tensor that makes one of it"
+        f"{source} returned no floating tensor ({kinds})",
+        hint="pass loss=(model, batch) -> tensor that makes one of it",
     )
 
 
@@ -328,5 +329,3 @@ def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
     if error != error:
         return float("inf")
     return error / size if size else (float("inf") if error else 0.0)
-
-
