@@ -232,6 +232,9 @@ class AuditReport:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; what is infinite is the text "inf"."""
         tree = asdict(self)
+        for told, row in zip(tree["rows"], self.rows):
+            if row.measure is not None:
+                told["measure"]["ulps"] = row.measure.ulps
         tree["failures"] = len(self.failures)
         tree["forward_passes"] = self.forward_passes
         tree["fp8"] = [row.to_dict() for row in self.fp8]

@@ -1,6 +1,6 @@
 """What `floatline audit MODEL` audits: a model with its real weights, a batch for it, and notes on both.
 
-MODEL is what `floatline plan` takes (plan/sources.py). Where it means a Hugging Face directory with weights in it, those
+MODEL is what `floatline plan` takes (plan/sources.py). Where it means a Hugging Face directory with weights in it, they
 are read: rounding and range are properties of trained weights, and an initialised model has no outliers. Without
 weights the model is initialised, and the notes say so.
 

@@ -26,7 +26,7 @@ def _cores() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that are free or can be freed, and what a container leaves of them; unknown is plenty."""
+    """Return the bytes of memory that are free or can be freed, as far as the container allows; unknown is plenty."""
     told = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
     free = int(told[0]) * 1024 if told else 2**40
     most, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def front_plot(report: AuditReport, candidate: Candidate) -> Plot | None:
-    """Draw one format's front; None where there is but one point.
+    """Draw one format's front; None where there is but one point, or none that is finite.
 
     Args:
         report: The audit.
@@ -27,7 +27,7 @@ def front_plot(report: AuditReport, candidate: Candidate) -> Plot | None:
         ConfigError: matplotlib is not installed.
     """
     points = front_points(report, candidate)
-    if len(points) < 2:
+    if len(points) < 2 or all(math.isinf(error) for _, error, _ in points):
         return None
     finite = [error for _, error, _ in points if 0 < error < math.inf]
     top = 10 * max([1.0, *finite])
@@ -43,7 +43,7 @@ def front_plot(report: AuditReport, candidate: Candidate) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         known = [(100 * share, error) for share, error, _ in points if 0 < error < math.inf]
-        axes.plot(*zip(*known), color=SERIES[0], linewidth=1.2) if known else None
+        axes.plot(*zip(*known), color=SERIES[0], linewidth=1.2)
         for x, error in known:
             axes.plot([x], [error], "o", markersize=5, color=GOOD if error <= 1 else BAD)
         for share, error, _ in points:
@@ -53,7 +53,9 @@ def front_plot(report: AuditReport, candidate: Candidate) -> Plot | None:
         log_axis(axes, [*finite, 1.0, top] if infinite else [*finite, 1.0])
         axes.set_xlabel("% of FLOPs in fp32")
         axes.set_ylabel("error / allowed")
-        axes.margins(x=0.06, y=0.12)
+        axes.margins(y=0.12)
+        widest = max(100 * share for share, _, _ in points)
+        axes.set_xlim(-0.04 * max(widest, 1.0), 1.08 * max(widest, 1.0))
 
     return Plot(
         title=f"Cost against error, {candidate.base}",

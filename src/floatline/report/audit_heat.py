@@ -117,15 +117,10 @@ def block_of(module: str) -> str:
 def _block(name: str, rows: Sequence[ModuleRow], shown: set[str], allowed: Tolerance) -> Block:
     lines = tuple(_line(row, name, allowed) for row in rows if row.module in shown)
     rest = [row for row in rows if row.module not in shown]
-    told = ""
-    if rest:
-        hottest = max((cell.heat for row in rest for cell in cells(row, allowed)), default=0)
-        told = (
-            f"{len(rest)} more, all within {STEPS[hottest]:g} of what is allowed"
-            if hottest < 4
-            else (f"{len(rest)} more, some above what is allowed")
-        )
-    return Block(name=name or "top of the model", lines=lines, left_out=told)
+    hottest = max((cell.heat for row in rest for cell in cells(row, allowed)), default=0)
+    told = f"below {100 * STEPS[hottest]:g} % of what is allowed" if hottest < 4 else "some above what is allowed"
+    left_out = f"{len(rest)} more, {told}" if rest else ""
+    return Block(name=name or "top of the model", lines=lines, left_out=left_out)
 
 
 def _line(row: ModuleRow, block: str, allowed: Tolerance) -> Line:
@@ -154,7 +149,7 @@ def cells(row: ModuleRow, allowed: Tolerance) -> tuple[Cell, ...]:
 
 
 def worst(row: ModuleRow, report: AuditReport) -> float:
-    """Return the hottest of a module's errors in units of what is allowed; what it does alone before what reaches it."""
+    """Return the hottest of a module's errors in units of what is allowed, without what reaches it from others."""
     allowed = report.tolerance
     alone = [row.local / ROUNDING, row.local_backward / ROUNDING, (row.loss_change or 0.0) / allowed.loss,
              (row.gradient_change or 0.0) / allowed.gradient]  # fmt: skip

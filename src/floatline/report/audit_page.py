@@ -15,7 +15,6 @@ from floatline.report.audit_sections import (
     chosen,
     cost,
     error_text,
-    headline,
     lists,
     ratio_text,
     recipe_line,
@@ -45,7 +44,7 @@ def audit_html(report: AuditReport) -> str:
         "audit.html",
         title=f"{report.model} on {report.hardware}",
         verdict=("good", "✓", "safe") if report.safe else ("bad", "✗", "stay in fp32"),
-        sentences=[headline(report), report.verdict],
+        sentences=[report.verdict],
         about=[about(report), cost(report)],
         tiles=_tiles(report),
         recipe=recipe_line(report),
@@ -70,8 +69,10 @@ def write_audit(report: AuditReport, path: str | Path) -> Path:
 
 
 def _tiles(report: AuditReport) -> list[Tile]:
-    told = [Tile(name="policy", value=report.policy.split(";")[0],
-                 small=f"{len(report.failures)} ops fail by themselves", tone="good" if report.safe else "bad")]  # fmt: skip
+    failing = f"{times(len(report.failures), 'op')} failing by themselves"
+    told = [
+        Tile(name="policy", value=report.policy.split(";")[0], small=failing, tone="good" if report.safe else "bad")
+    ]
     for candidate in report.candidates.values():
         effect = candidate.effect or candidate.all_lowered
         ratio = effect.ratio(report.tolerance)
@@ -80,11 +81,14 @@ def _tiles(report: AuditReport) -> list[Tile]:
                 name=f"error in {candidate.base}",
                 value=f"{ratio_text(ratio)} of allowed" if math.isfinite(ratio) else "not finite",
                 small=f"gradient off by {error_text(effect.gradient_error)}; in fp32: "
-                + (f"{times(len(candidate.islands), 'module')}, {percent_text(candidate.cost)} of FLOPs"
-                   if candidate.islands else "nothing"),
+                + (
+                    f"{times(len(candidate.islands), 'module')}, {percent_text(candidate.cost)} of FLOPs"
+                    if candidate.islands
+                    else "nothing"
+                ),
                 tone="good" if ratio <= 1 else "bad",
             )
-        )  # fmt: skip
+        )
     if report.safe and chosen(report).noise_of_policy is not None:
         noise = chosen(report).noise_of_policy
         told.append(Tile(name="sure", value=percent_text(noise.confidence if noise else None),

@@ -44,7 +44,7 @@ def error_text(value: float | None) -> str:
         return "0"
     if value < 1e-5:
         return f"{value:.1g}"
-    return f"{value * 100:.2g} %" if value < 10 else f"{number_text(value)} ×"
+    return f"{number_text(value * 100, 2)} %" if value < 10 else f"{number_text(value)} ×"
 
 
 def ratio_text(ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees while a plan or an audit is made: a moving bar on a terminal, a line now and then elsewhere. All on stderr.
+"""What a person sees while a plan or an audit is made, on stderr: a moving bar, a line now and then without a terminal.
 
 How many trials a search takes is not known before, so the bar says what is tried and how long it has taken.
 """
