@@ -151,8 +151,12 @@ def grouped(items: Iterable[T], key: Callable[[T], tuple[str, ...]]) -> list[tup
     for item in items:
         name, *rest = key(item)
         groups.setdefault((alike(name), *rest), []).append(item)
-    return [(f"{pattern} ({len(group)})" if len(group) > 1 else key(group[0])[0] or "top", group)
-            for (pattern, *_), group in groups.items()]  # fmt: skip
+    return [(_label(pattern, {key(item)[0] for item in group}), group) for (pattern, *_), group in groups.items()]
+
+
+def _label(pattern: str, names: set[str]) -> str:
+    """Return a group's name: that of its one member, or the pattern and how many there are."""
+    return f"{pattern} ({len(names)})" if len(names) > 1 else next(iter(names)) or "top"
 
 
 # Tables
