@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from floatline.audit.audit import audit
+    from floatline.audit.report import AuditReport
     from floatline.diagnose.diagnose import diagnose
     from floatline.diagnose.finding import Finding
     from floatline.errors import FloatlineError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from floatline.step import GradientMonitor, Guard, StepOutput, TrainStep, Workload
 
 _HOMES = {
+    "AuditReport": "audit.report",
     "Estimate": "plan.estimate",
     "FORMATS": "formats",
     "Finding": "diagnose.finding",
@@ -32,11 +35,12 @@ _HOMES = {
     "Workload": "step",
     "estimate": "plan.estimate",
 }
-_PACKAGES = {"diagnose", "plan", "techniques"}
-"""Public names that are packages; `diagnose` and `plan` can be called."""
+_PACKAGES = {"audit", "diagnose", "plan", "techniques"}
+"""Public names that are packages; `audit`, `diagnose` and `plan` can be called."""
 
 __all__ = [
     "FORMATS",
+    "AuditReport",
     "Estimate",
     "Finding",
     "FloatlineError",
@@ -48,6 +52,7 @@ __all__ = [
     "StepOutput",
     "TrainStep",
     "Workload",
+    "audit",
     "diagnose",
     "estimate",
     "plan",

@@ -76,6 +76,13 @@ def test_what_another_module_forbids_is_not_used():
     assert shortest_patterns(["l.0.norm", "m.0.norm"], names) == ("*.0.norm",)
 
 
+def test_plain_patterns_are_preferred():
+    names = names_of(model_of("layers.0.fc", "head.5.fc", "other.2.fc"))
+    assert shortest_patterns(["layers.0.fc", "head.5.fc"], names) == ("head.5.fc", "layers.0.fc")
+    names = names_of(model_of("x", "a.0.x", "a.0.y", "a.1.x", "a.1.y"))
+    assert shortest_patterns(["x", "a.0.x", "a.1.x", "a.1.y"], names) == ("**.x", "a.1.y")
+
+
 part = st.one_of(
     st.sampled_from(["a", "b", "0", "1", "2", "10", "11", "norm", "norm1", "norm2", "q_proj", "k_proj", "fc_1"]),
     st.text("a1_*?[]-=;! ", min_size=1, max_size=3),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import floatline as fl
 from floatline.audit.updates import audit_updates
 from floatline.errors import ConfigError
 from floatline.techniques.low_bit_optimizer import LowBitOptimizer
@@ -69,6 +70,11 @@ def test_fp16_with_a_larger_eps_still_loses_small_second_moments():
     report = audit(adamw(1e-3, eps=1e-4), weights="fp16")
     assert report.worst.which == "second moment underflows" and report.worst.second_moment_lost > 0.01
     assert "16-true" in report.advice and "eps=" not in report.advice
+
+
+def test_a_fused_kernel_keeps_eps_and_loses_small_second_moments():
+    row = audit(adamw(1e-3, fused=True), weights="fp16").worst
+    assert (row.which, row.eps_lost, row.non_finite) == ("second moment underflows", False, 0.0)
 
 
 def test_fp16_overflows_where_squares_do():
@@ -151,6 +157,46 @@ def test_state_in_the_format_of_fp32_weights_follows_the_format_that_is_audited(
     assert audit_updates({"w": weight}, {"w": gradient_of(weight)}, optimizer).rows[0].state_format == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("technique", "found"),
+    [
+        (None, ("swallowed", "stalled second moment")),
+        ("master_weights", ()),
+        ("kahan", ()),
+        ("stochastic_rounding", ()),
+        ("kahan(library=optimi)", ("stalled second moment",)),
+        ("stochastic_rounding(library=torchao)", ("stalled second moment",)),
+    ],
+)
+def test_the_optimizer_of_a_step_is_taken_as_it_is(technique, found):
+    if technique and "library" in technique:
+        pytest.importorskip(technique[technique.index("=") + 1 : -1])
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    step = fl.TrainStep(
+        model,
+        lambda params: torch.optim.AdamW(params, lr=1e-5, fused=True),
+        precision="bf16-true",
+        loss=lambda model, batch: model(batch).float().square().mean(),
+        techniques=[technique] if technique else [],
+    )
+    for seed in range(3):
+        step(torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)).bfloat16())
+    gradients = {name: gradient_of(p) for name, p in model.named_parameters()}
+    rows = audit_updates(dict(model.named_parameters()), gradients, step.optimizer).rows
+    assert [row.found for row in rows] == [found, found]
+    if "swallowed" not in found:
+        assert all(row.weights.progress == pytest.approx(1.0, abs=0.25) for row in rows)
+
+
+def test_master_weights_of_16_true_are_not_found_by_their_names():
+    model = nn.Linear(8, 8)
+    step = fl.TrainStep(model, adamw(1e-5), precision="16-true", loss=lambda m, b: m(b).float().square().mean())
+    gradients = {name: gradient_of(p) for name, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match=r"AdamW steps none of these parameters\nhint: .*\(master weights\)"):
+        audit_updates(dict(model.named_parameters()), gradients, step.optimizer)
+
+
 def test_a_sample_answers_as_the_whole_does():
     parameter = matrix(128, 64)
     whole, some = (
@@ -207,6 +253,18 @@ def test_the_report_is_plain_json():
 
 def test_the_same_seed_gives_the_same_answer():
     assert audit(adamw(1e-5), seed=3).as_dict() == audit(adamw(1e-5), seed=3).as_dict()
+
+
+def test_torchs_random_numbers_are_left_alone_and_random_rounding_is_repeatable():
+    pytest.importorskip("torchao")
+    from torchao.optim import _AdamW
+
+    before = torch.get_rng_state()
+    with torch.compiler.set_stance("force_eager"):
+        one, two = (
+            audit(lambda params: _AdamW(params, lr=1e-5, bf16_stochastic_round=True), steps=3) for _ in range(2)
+        )
+    assert torch.equal(torch.get_rng_state(), before) and one.as_dict() == two.as_dict()
 
 
 @settings(max_examples=20, deadline=None)

@@ -160,7 +160,8 @@ def test_a_loaded_checkpoint_forgets_snapshots_and_keeps_the_count():
 
 
 TECHNIQUES = ["accumulation(micro_batches=2)", "low_bit_optimizer", "optimizer_offload", "optimizer_in_backward",
-              "kahan", "stochastic_rounding"]  # fmt: skip
+              "kahan", "stochastic_rounding", "master_weights", "kahan(library=optimi)",
+              "stochastic_rounding(library=torchao)"]  # fmt: skip
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)

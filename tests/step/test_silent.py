@@ -43,7 +43,7 @@ def test_swallowed_updates_with_the_cure():
     step(torch.randn(16, 8))
     assert "updates swallowed" in names(step) or "no weight changed" in names(step)
     alarm = step.sentinel.alarms[0]
-    assert "kahan or stochastic_rounding" in alarm.remedy and "% of the sampled weights" in alarm.text
+    assert "master_weights, kahan or stochastic_rounding" in alarm.remedy and "% of the sampled weights" in alarm.text
 
 
 @pytest.mark.parametrize("technique", ["kahan", "stochastic_rounding"])
@@ -139,6 +139,7 @@ def test_headroom_in_bits_before_the_first_inf():
     for _ in range(5):
         step(torch.randn(16, 8))
     assert step.silent.headroom["0"] == pytest.approx(0.71, abs=0.01)  # log2(65504 / 40000)
+    assert step.silent.looks == len(step.silent.measured) > 0 and step.silent.measured[-1][1] == step.silent.headroom
     alarm = next(a for a in step.sentinel.alarms if a.name == "little headroom")
     assert "the output of 0 is 0.7 bits below overflow" in alarm.text and "0=32" in alarm.remedy
 

@@ -142,10 +142,10 @@ def test_a_half_precision_base_keeps_its_format_and_adapters_are_fp32(run, monke
 
 def test_the_best_adapters_are_tested(run, monkeypatch):
     """A run whose best checkpoint is its first has the test loss of a run that ends there."""
-    from floatline.train import loop
+    from floatline.train.best import Best
 
-    note = loop.Loop._note_best
-    monkeypatch.setattr(loop.Loop, "_note_best", lambda self, found, done: done == 2 and note(self, found, done))
+    note = Best.note
+    monkeypatch.setattr(Best, "note", lambda self, found, done: done == 2 and note(self, found, done))
     often = [LORA, ALSO, "train.lr=0.1", "train.schedule=constant", "train.warmup_steps=0", "eval.every=2"]
     home, short = run("long", *often), run("short", *often, "train.steps=2")
     assert manifest(home)["result"]["best_step"] == 2 == final_tests(home)[0]["step"]

@@ -144,6 +144,7 @@ EACH = {
     "packing": ["techniques.packing=true"],
     "low_bit_optimizer": ["techniques.low_bit_optimizer=true"],
     "optimizer_offload": ["techniques.optimizer_offload=true"],
+    "master_weights": ["techniques.master_weights=true", "precision=bf16-true"],
     "kahan": ["techniques.kahan=true", "precision=bf16-true"],
     "stochastic_rounding": ["techniques.stochastic_rounding=true", "precision=bf16-true"],
     "optimizer_in_backward": ["techniques.optimizer_in_backward=true", "train.max_grad_norm=null"],

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from floatline.techniques.optim_steps.wide_step import COMPENSATION, MASTER
+from floatline.techniques.optim_steps.wide_step import COMPENSATION, MASTER, is_narrow
 
 LEAST = 512
 """Elements of a cut, if need be the same ones again."""
@@ -133,10 +133,18 @@ def make_twin(
     for cut, weight in zip(cuts, weights, strict=True):
         if cut.parameter in optimizer.state:
             state[weight] = {k: _cut_state(cut, k, v, dtype) for k, v in optimizer.state[cut.parameter].items()}
+            _start_at_master(weight, state[weight])
     memo: dict[int, Any] = {id(optimizer.state): state, **stand_ins}
     groups = [_copy_group(group, stand_ins, memo) for group in optimizer.param_groups]
     memo[id(optimizer.param_groups)] = groups
     return Twin(_copy_optimizer(optimizer, memo), weights)
+
+
+@torch.no_grad()
+def _start_at_master(weight: torch.Tensor, state: dict[str, Any]) -> None:
+    """In another format than bf16 no master copy is stepped: the weight starts where the copy is."""
+    if MASTER in state and not is_narrow(weight):
+        weight.copy_(state.pop(MASTER))
 
 
 def _cut_state(cut: Cut, key: str, value: Any, dtype: torch.dtype) -> Any:

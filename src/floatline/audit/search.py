@@ -10,7 +10,7 @@ modules help only together. So each answer comes from the step run with a whole 
    before it, until the fixed ones pass by themselves (successive bisection, as in delta debugging).
    The first three take about log2(rank) + 1 trials each, further ones that are ranked one after the other one each.
    None can be left out of what is kept.
-4. Refinement: split an island into modules inside it; exchange an island for cheaper modules elsewhere; leave islands
+4. Refinement: split an island into modules inside it; exchange an island for any cheaper modules; leave islands
    out although a failed trial says that they are needed. It ends after 2 log2(N) + 10 trials in all, or where step 3
    took more, after as many again.
 
@@ -226,12 +226,20 @@ def _leave_out(trials: Trials, best: Trial, *, doubting: bool = False) -> None:
 
 
 def _split(trials: Trials, best: Trial, ranked: Sequence[str]) -> None:
-    """Try modules inside an island in its place: the most suspicious one, then the needed ones of all."""
-    for name in _dearest_first(trials, best):
+    """Try modules inside an island in its place: the most suspicious one, then the needed ones of all.
+
+    Before that, the most suspicious ones of all islands at once: with good suspicions one trial splits them all.
+    """
+    within = {
+        name: [other for other in ranked if inside(other, {name}, strictly=True)]
+        for name in _dearest_first(trials, best)
+    }
+    if trials.passes(others[0] if others else name for name, others in within.items()):
+        return
+    for name, others in within.items():
         rest = best.islands - {name}
-        within = [other for other in ranked if inside(other, {name}, strictly=True)]
-        if within and not trials.passes((*rest, within[0])) and trials.passes((*rest, *within)):
-            _keep_needed(trials, rest, within, below=best.cost)
+        if others and not trials.passes((*rest, others[0])) and trials.passes((*rest, *others)):
+            _keep_needed(trials, rest, others, below=best.cost)
         if trials.best() is not best:
             return
 
@@ -241,15 +249,11 @@ def _exchange(trials: Trials, best: Trial, ranked: Sequence[str]) -> None:
     by_cost = sorted(ranked, key=trials.costs.__getitem__)  # the last one needed is then as cheap as can be
     for name in _dearest_first(trials, best):
         rest = best.islands - {name}
-        cheaper = [other for other in by_cost if trials.costs[other] < trials.costs[name] and not _nested(other, name)]
+        cheaper = [other for other in by_cost if trials.costs[other] < trials.costs[name]]
         if cheaper and trials.passes((*rest, *cheaper)):
             _keep_needed(trials, rest, cheaper, below=best.cost)
         if trials.best() is not best:
             return
-
-
-def _nested(one: str, other: str) -> bool:
-    return inside(one, {other}) or inside(other, {one})
 
 
 def _dearest_first(trials: Trials, best: Trial) -> list[str]:
@@ -274,5 +278,5 @@ def _reason(trials: Trials, candidates: int, cut_short: bool) -> str:
     if trials.unrefined:
         text += f"; refinement ended after {len(trials.made)} trials"
     if cut_short:
-        text += f"; stopped after {len(trials.made)} trials, there may be a cheaper set"
+        text += f"; stopped after {len(trials.made)} trials, there may be more to find"
     return text

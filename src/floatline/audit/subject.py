@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from floatline.audit.buffers import stalled_buffers
 from floatline.audit.tolerance import Effect
 from floatline.errors import ModelError
 from floatline.hardware import Hardware
-from floatline.observe.error import ErrorMeter, metering
-from floatline.observe.error.measures import sampled
+from floatline.observe.error import ErrorMeter, Reading, metering
+from floatline.observe.error.measures import ILL, sampled
 from floatline.observe.finite import plain_name
 from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
@@ -32,8 +33,6 @@ from floatline.step.batch import call_model, move
 from floatline.step.random_state import python_random_kept
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
-ILL = 1e-3
-"""Relative error of a gradient in fp32 from which no half format is to blame for it: an exact zero, for instance."""
 SCALE = 2.0**16
 _KEEP_MODE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
 
@@ -48,6 +47,7 @@ class Exact:
         weights: Parameter -> elements that each sampled one stands for.
         fp32: Parameter -> relative error of its gradient in fp32.
         loss_fp32: Relative error of the value in fp32.
+        gradient_fp32: Of the whole gradient.
     """
 
     value: torch.Tensor
@@ -55,6 +55,11 @@ class Exact:
     weights: Mapping[str, float]
     fp32: Mapping[str, float]
     loss_fp32: float
+    gradient_fp32: float = 0.0
+
+    def sound(self, name: str) -> bool:
+        """Say whether fp32 computes a parameter's gradient well; an exact zero by cancellation it does not."""
+        return self.fp32.get(name, 0.0) <= ILL
 
     def effect(self, value: torch.Tensor, gradients: Mapping[str, torch.Tensor], policy: str, scale: float) -> Effect:
         """Hold a step against this one.
@@ -73,7 +78,7 @@ class Exact:
             size, error = float(exact.square().sum()), float(off.square().sum())
             total += size * self.weights[key]
             wrong += error * self.weights[key]
-            if self.fp32[key] < ILL:
+            if self.sound(key):
                 relative = (error / size) ** 0.5 if size else (float("inf") if error else 0.0)
                 if not relative <= worst:
                     worst, name = relative, key
@@ -87,6 +92,23 @@ class Exact:
             tensor=name,
             scale=scale,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metered:
+    """A step with a meter on it.
+
+    Attributes:
+        readings: Every op that has to do with the lower format.
+        gradient_errors: Parameter -> relative error that its gradient has come to.
+        stalled_buffers: Running average -> share of it that should move and does not.
+        unmeasured: Ops without an exact result, and how often they ran.
+    """
+
+    readings: tuple[Reading, ...]
+    gradient_errors: Mapping[str, float]
+    stalled_buffers: Mapping[str, float]
+    unmeasured: Mapping[str, int]
 
 
 @dataclass(kw_only=True)
@@ -130,8 +152,8 @@ class Subject:
         self.loss = loss
         self.seed = seed
         self.model = self._copied(model)
-        device = next(self.model.parameters()).device
-        self.batches = [_detached(move(batch, device)) for batch in batches]
+        self.device = next(self.model.parameters()).device
+        self.batches = [_detached(move(batch, self.device)) for batch in batches]
         self._weights = {name: t.detach().clone() for name, t in _tensors(self.model)}
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -168,12 +190,15 @@ class Subject:
             value, _ = self._step(applied, batch, 1.0, meter)
             shadow = meter.shadows.of(value)
             gradients, weights, fp32 = {}, {}, {}
-            for name, parameter in self._taking():
+            for name, parameter in self.taking():
                 if parameter.grad is not None:
                     gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
                     weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
                     fp32[name] = _relative(sampled(parameter.grad), gradients[name])
+            total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
+            wrong = sum(float(g.square().sum()) * weights[n] * fp32[n] ** 2 for n, g in gradients.items() if total)
             made = Exact(
+                gradient_fp32=(wrong / total) ** 0.5 if total else 0.0,
                 value=shadow.clone(),
                 gradients=gradients,
                 weights=weights,
@@ -206,12 +231,33 @@ class Subject:
                 return effect
             scale /= 16.0 if scale > 16 else scale
 
-    def read(self, policy: Policy, scale: float, batch: int = 0) -> ErrorMeter:
+    def gradients(self, batch: int = 0) -> dict[str, torch.Tensor]:
+        """Return the gradients in fp32, whole."""
+        self.passes.add("updates")
+        with self._started(Policy.parse("32-true")) as applied:
+            self._step(applied, batch, 1.0, None)
+            return {name: p.grad.detach().clone() for name, p in self.taking() if p.grad is not None}
+
+    def loss_once(self, batch: int = 0) -> torch.Tensor:
+        """Return a scalar of one fp32 forward, for a backward of somebody else's."""
+        self.passes.add("fp8")
+        value = self._value(self.model, self.batches[batch])
+        return value.reshape(()) if value.numel() == 1 else (value.float() * self._direction(value)).sum()
+
+    def read(self, policy: Policy, scale: float, batch: int = 0) -> Metered:
         """Run the step under a policy with a meter on it."""
         self.passes.add("metered")
         with self._started(policy) as applied, metering(self.model) as meter:
             self._step(applied, batch, scale, meter)
-        return meter
+            errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
+            buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
+                       for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
+        return Metered(
+            readings=tuple(meter.readings),
+            gradient_errors=errors,
+            stalled_buffers=stalled_buffers(self._weights, buffers),
+            unmeasured=dict(meter.unmeasured),
+        )
 
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
@@ -254,7 +300,7 @@ class Subject:
             if self.backward:
                 self._backward(value, scale, meter)
         gradients = {}
-        for name, parameter in self._taking():
+        for name, parameter in self.taking():
             if parameter.grad is not None:
                 gradients[name] = sampled(parameter.grad).double() / scale
         return value, gradients
@@ -266,7 +312,7 @@ class Subject:
                 hint="look for detach(), no_grad() and frozen layers, or audit the forward alone with backward=False",
             )
         total = value.reshape(()) if value.numel() == 1 else (value.float() * self._direction(value)).sum()
-        loss = total * scale
+        loss = total.float() * scale  # as GradScaler: the scale is fp32
         if meter is not None:
             meter.enter("backward")
         loss.backward()
@@ -286,7 +332,7 @@ class Subject:
             return value
         return _output(call_model(model, batch), type(model).__name__)
 
-    def _taking(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def taking(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield plain_name(name), parameter

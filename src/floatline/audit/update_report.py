@@ -36,7 +36,7 @@ class UpdateRow:
         state_format: Format of the second moment, else of the weights.
         second_moment_ratio: Median of the low second moment over the exact one after those steps.
         second_moment_lost: Share of elements whose second moment is 0 or infinite in the format, and should not be.
-        eps_lost: eps is not 0 but rounds to 0 in the state's format.
+        eps_lost: eps is not 0 but rounds to 0 in the state's format; not under fused kernels, which compute in fp32.
         non_finite: Share of weights that are not finite at the end, where fp64's are.
         gradients_lost: Share of gradients that round to 0 or to infinity in the weights' format.
         found: Every way in which it fails, the gravest first.
@@ -154,12 +154,12 @@ def advise(report: UpdateReport) -> str:
         )
     if "swallowed" in report.failures:
         return (
-            "keep what rounding takes away: techniques: {kahan: true} or {stochastic_rounding: true}, or step fp32 "
-            "weights (precision=bf16-mixed)"
+            "keep what rounding takes away: train.optimizer=kahan, stochastic-rounding or adamw (fp32 master weights) "
+            "in a recipe, techniques=['kahan'] in TrainStep; or keep fp32 weights (precision=bf16-mixed)"
         )
     return (
-        "keep the second moment moving: techniques: {kahan: true} or {stochastic_rounding: true} round it "
-        "stochastically; or lower beta2 to 0.99"
+        "keep the second moment moving: train.optimizer=kahan or stochastic-rounding round it stochastically, adamw "
+        "keeps it in fp32; or lower beta2 to 0.99"
     )
 
 

@@ -121,7 +121,6 @@ class UpdateRun:
         cut, gradient = self.cuts[index], self.gradients[index]
         group = self.group_of[id(cut.parameter)]
         state_format = moment.get("state_format", _name_of(self.dtype))
-        eps = _number(group.get("eps")) or 0.0
         rounded = gradient.to(self.dtype)
         infinite = moment.pop("infinite", False)
         row: dict[str, Any] = {
@@ -131,7 +130,7 @@ class UpdateRun:
             "weights": movement,
             **moment,
             "state_format": state_format,
-            "eps_lost": eps > 0 and float(torch.tensor(eps).to(torch_dtype(state_format))) == 0.0,
+            "eps_lost": _loses_eps(group, state_format),
             "non_finite": _share(~here.isfinite(), torch.ones_like(here, dtype=torch.bool)),
             "gradients_lost": _share((gradient != 0) & ((rounded == 0) | ~rounded.isfinite()), gradient != 0),
         }
@@ -151,6 +150,12 @@ def _state_of(twin: Twin, index: int, key: str) -> Callable[[], torch.Tensor]:
         return value
 
     return get
+
+
+def _loses_eps(group: dict[str, Any], state_format: str) -> bool:
+    """Say whether eps becomes 0 beside the second moment; fused kernels compute in fp32."""
+    eps = _number(group.get("eps")) or 0.0
+    return eps > 0 and not group.get("fused") and float(torch.tensor(eps).to(torch_dtype(state_format))) == 0.0
 
 
 def _number(value: Any) -> float | None:

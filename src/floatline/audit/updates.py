@@ -62,7 +62,7 @@ def audit_updates(
         named_parameters: Name -> parameter, as `model.named_parameters()` gives them; any floating format.
         gradients: Name -> gradient, of the parameter's shape. Parameters without one are not looked at.
         optimizer: `callable(params)`, called with the parameters; or an optimizer that exists, whose settings and
-            state are copied. Neither parameters nor optimizer are changed.
+            state are copied. Neither parameters nor optimizer nor torch's random numbers are changed.
         weights: Format of the weights in training: "fp32", "bf16" or "fp16".
         master: The optimizer steps fp32 copies of them.
         steps: Updates.
@@ -87,11 +87,14 @@ def audit_updates(
     unseen, known = _sort_out(named, gradients)
     generator = torch.Generator().manual_seed(seed)
     real = _make_optimizer(optimizer, named)
-    cuts = _choose(real, known, unseen, sample, generator)
     rows: list[UpdateRow] = []
-    if cuts:
-        run = UpdateRun(real, cuts, gradients, torch_dtype("fp32" if master else weights), steps, noise, seed)
-        rows = run.rows(unseen)
+    devices = sorted({p.device.index or 0 for p in known.values() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):  # torchao rounds with torch's own random numbers
+        torch.manual_seed(seed)
+        cuts = _choose(real, known, unseen, sample, generator)
+        if cuts:
+            run = UpdateRun(real, cuts, gradients, torch_dtype("fp32" if master else weights), steps, noise, seed)
+            rows = run.rows(unseen)
     return UpdateReport(weights=weights, master=master, steps=steps, rows=tuple(rows), unseen=unseen)
 
 

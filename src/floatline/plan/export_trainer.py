@@ -163,6 +163,7 @@ _INSTEAD = {
     "offload": "run trainer.train() inside torch.autograd.graph.save_on_cpu(pin_memory=True)",
     "optimizer_offload": "optim='paged_adamw_32bit' pages state out on demand (bitsandbytes)",
     "optimizer_in_backward": "leave it out, or optim='adalomo', which is another optimizer (lomo-optim)",
+    "master_weights": "load the model in fp32 with bf16=True: fp32 weights and bf16 arithmetic (bf16-mixed)",
     "kahan": "pass optimizers=(optimi.AdamW(..., kahan_sum=True), None) to Trainer (torch-optimi)",
     "stochastic_rounding": "optim='adamw_torch_8bit' with optim_args='bf16_stochastic_round=True' rounds so too",
     "packing": "data_collator=DataCollatorWithFlattening(), with attn_implementation='flash_attention_2'",

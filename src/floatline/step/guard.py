@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from floatline.errors import ConfigError
 
 OnFault = Literal["skip", "rollback", "stop", "heal"]
@@ -60,3 +62,21 @@ class Guard:
     def goes_back(self) -> bool:
         """Whether snapshots are needed."""
         return self.on_fault in ("rollback", "heal")
+
+    def reads_early(self, device: torch.device, together: bool) -> bool:
+        """Say whether a loss is read before its backward, so that its micro-batch alone can be left out.
+
+        Args:
+            device: Of the model. On CUDA reading waits, so "auto" does not.
+            together: Ranks share every backward: none of them may leave one out alone.
+
+        Raises:
+            ConfigError: "before-backward" is asked for where every forward needs its backward.
+        """
+        if together and self.check == "before-backward":
+            raise ConfigError(
+                "guard.check is before-backward, but ranks that train together run every backward together",
+                hint="use guard.check=after-backward: all ranks leave the update out",
+            )
+        on_host = self.check == "before-backward" or (self.check == "auto" and device.type == "cpu")
+        return on_host and not together

@@ -36,37 +36,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from floatline.errors import ConfigError, FloatlineWarning, did_you_mean
 from floatline.step.clip_advice import ClipAdvice
 from floatline.step.gradient_log import GradientLog, write_gradients
-from floatline.step.gradient_report import BadGradient, GradientReport
-from floatline.step.magnitudes import magnitudes_of, nonfinite_counts
+from floatline.step.gradient_look import Look
+from floatline.step.gradient_report import GradientReport
+from floatline.step.gradient_rows import GradientRows
 from floatline.step.norm import GradientNorms, norms_of
-from floatline.step.readback import Readback
-from floatline.techniques.layers import repeated_layers
 
 _PER = ("layer", "parameter")
-
-
-@dataclass(frozen=True)
-class _Look:
-    """One update's numbers, perhaps still on their way."""
-
-    step: int
-    names: tuple[str, ...]
-    sizes: list[int]
-    missing: tuple[str, ...]
-    numbers: Readback
-    looked: bool
-    scale: float | None
 
 
 class GradientMonitor:
@@ -126,7 +110,7 @@ class GradientMonitor:
         self.elements_every = elements_every
         self.step = 0
         self.history = GradientLog(per=per, every=every, history=history, max_grad_norm=max_grad_norm)
-        self._waiting: _Look | None = None
+        self._waiting: Look | None = None
         self._last = GradientReport(0, math.nan)
         self.refresh()
 
@@ -141,8 +125,7 @@ class GradientMonitor:
             raise ConfigError(
                 f"{type(self.model).__name__} has no parameters", hint="give the module that is being trained"
             )
-        layers = tuple(repeated_layers(self.model)) if self.per == "layer" else ()
-        self._row_of = {name: _row(name, layers, self.per) for name, _ in self._named}
+        self._rows = GradientRows(self.model, self.per)
 
     def check(self, norms: GradientNorms | None = None, *, scale: Any = None) -> GradientReport:
         """Look at the gradients as they are now: after backward, before clipping.
@@ -165,7 +148,7 @@ class GradientMonitor:
             if not any(p.grad is not None for _, p in self._named):
                 return self._report_none()
         norms = norms or norms_of(self._named)
-        look = self._start(norms, scale)
+        look = Look.start(self.step, self._named, norms, scale, (self.step - 1) % self.elements_every == 0)
         if not self.lag:
             return self._finish(look, norms)
         waiting, self._waiting = self._waiting, look
@@ -215,52 +198,11 @@ class GradientMonitor:
         self.step = state["step"]
         self._waiting = None
 
-    @torch.no_grad()
-    def _start(self, norms: GradientNorms, scale: Any) -> _Look:
-        """Compute on the device, and start to read."""
-        columns = [norms.each]
-        looked = (self.step - 1) % self.elements_every == 0
-        if looked:
-            columns += magnitudes_of(norms)
-        factor = _factor(scale)
-        if isinstance(factor, torch.Tensor):  # read with the others
-            columns.append(factor.detach().to(norms.each.device, torch.float32).reshape(1))
-        known = set(norms.names)
-        missing = tuple(n for n, p in self._named if p.grad is None and p.requires_grad and n not in known)
-        sizes = [size for group in norms.groups for size in group.sizes]
-        known_scale = None if scale is None or isinstance(factor, torch.Tensor) else float(factor)
-        return _Look(self.step, norms.names, sizes, missing, Readback(torch.cat(columns)), looked, known_scale)
-
-    def _finish(self, look: _Look, norms: GradientNorms | None = None) -> GradientReport:
-        """Read, judge and record one update; `norms` where its gradients are still there to be counted."""
-        numbers = look.numbers.tolist()
-        count = len(look.names)
-        scale_read = len(numbers) > (3 if look.looked else 1) * count
-        factor = 1.0 / (numbers.pop() if scale_read else look.scale or 1.0)
-        each = [value * factor for value in numbers[:count]]
-        total = math.sqrt(sum(norm * norm for norm in each))
-        report = GradientReport(
-            step=look.step,
-            norm=total,
-            largest=_largest(numbers[count : 2 * count]) * factor if look.looked else None,
-            mean=sum(numbers[2 * count :]) * factor / sum(look.sizes) if look.looked else None,
-            bad=() if math.isfinite(total) else self._bad(look, each, norms),
-            missing=look.missing,
-            parameters=count,
-            max_grad_norm=self.max_grad_norm,
-            scaled=scale_read or look.scale is not None,
-        )
-        self._record(report, dict(zip(look.names, each, strict=True)))
+    def _finish(self, look: Look, norms: GradientNorms | None = None) -> GradientReport:
+        """Read, report and record one update; `norms` where its gradients are still there to be counted."""
+        report, each = look.report(norms, self.max_grad_norm)
+        self._record(report, each)
         return report
-
-    def _bad(self, look: _Look, each: list[float], norms: GradientNorms | None) -> tuple[BadGradient, ...]:
-        sick = [place for place, norm in enumerate(each) if not math.isfinite(norm)]
-        counts = nonfinite_counts(norms, {look.names[place] for place in sick}) if norms is not None else {}
-        found = []
-        for place in sick:
-            nan, inf = counts.get(look.names[place], (None, None))
-            found.append(BadGradient(look.names[place], nan, inf, look.sizes[place], each[place]))
-        return tuple(found)
 
     def _report_none(self) -> GradientReport:
         self.flush()
@@ -271,48 +213,6 @@ class GradientMonitor:
 
     def _record(self, report: GradientReport, each: dict[str, float]) -> None:
         self._last = report
-        self.history.add(report, lambda: self._by_row(each))
+        self.history.add(report, lambda: self._rows.norms(each))
         if self.warn and report.large and self.history.large_updates == 1:
             warnings.warn(f"{report}; {report.hint}", FloatlineWarning, stacklevel=4)
-
-    def _by_row(self, each: dict[str, float]) -> dict[str, float]:
-        """Return norms by layer, or by parameter, in the model's order."""
-        if self.per == "parameter":
-            return each
-        squares: dict[str, float] = {}
-        for name in self._in_order(each):
-            row = self._row_of.get(name, name)
-            squares[row] = squares.get(row, 0.0) + each[name] * each[name]
-        return {row: math.sqrt(square) for row, square in squares.items()}
-
-    def _in_order(self, each: dict[str, float]) -> Iterator[str]:
-        yield from (name for name in self._row_of if name in each)
-        yield from (name for name in each if name not in self._row_of)
-
-
-def _row(name: str, layers: tuple[str, ...], per: str) -> str:
-    """Return what a parameter's norm is summed up under: its layer, or else its module."""
-    if per == "parameter":
-        return name
-    return next((layer for layer in layers if name.startswith(f"{layer}.")), name.rpartition(".")[0] or name)
-
-
-def _factor(scale: Any) -> Any:
-    """Return the loss scale as a number, or a 0-d tensor that is still on the device.
-
-    Raises:
-        ConfigError: It is no positive number.
-    """
-    if isinstance(scale, torch.amp.GradScaler):
-        on_device = getattr(scale, "_scale", None)  # get_scale() would wait for it
-        return scale.get_scale() if on_device is None or not scale.is_enabled() else on_device
-    if isinstance(scale, torch.Tensor) and scale.numel() == 1:
-        return scale
-    if scale is None or (isinstance(scale, int | float) and 0 < scale < math.inf):
-        return scale
-    raise ConfigError(f"scale is {scale!r}", hint="give the GradScaler, its scale as a positive number, or nothing")
-
-
-def _largest(values: list[float]) -> float:
-    """Return the largest of magnitudes, NaN if one is: Python's max keeps or drops it by its place."""
-    return math.nan if any(value != value for value in values) else max(values)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from floatline.errors import NonFiniteError
 from floatline.step.guard import Guard
+from floatline.step.sentinel import Sentinel
 from floatline.step.snapshot import Snapshot, Stateful
 from floatline.step.verdict import Skip
 
@@ -53,11 +55,36 @@ class Rollback:
         if self.due(updates):
             self._take()
 
+    def at_checkpoint(self) -> None:
+        """Take a snapshot where a checkpoint was written: going back to before it would make it one of updates that
+        have never been, and a run that is killed goes on from it."""
+        if self._guard.goes_back:
+            self._take()
+
     def _take(self) -> None:
         """Snapshots that are not finite do not count."""
         fresh = Snapshot(self._model, self._step, self.extras)
         if not self._any_rank(not fresh.is_finite()):
             self._snapshot, self._times = fresh, 0
+
+    def answer(self, skip: Skip | None, sentinel: Sentinel) -> int | None:
+        """Go back if a verdict asks for it; returns the number of updates that were made then, None if it does not.
+
+        Args:
+            skip: The verdict, None where nothing was wrong.
+            sentinel: What it has counted stays counted. An update after the fault, whose verdict is on its way, has
+                never been.
+
+        Raises:
+            NonFiniteError: As `go_back`.
+        """
+        if skip is None or not skip.fault or skip.made or not self._guard.goes_back:
+            return None
+        counted = sentinel.counts()
+        back = self.go_back(skip)
+        sentinel.load_state_dict(counted)
+        sentinel.skips[-1] = replace(skip, rolled_back_to=back)
+        return back
 
     def go_back(self, skip: Skip) -> int:
         """Put the last snapshot back; returns the number of updates that were made then.

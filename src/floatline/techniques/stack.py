@@ -20,6 +20,8 @@ from floatline.techniques.base import Applied, Stage, Technique, refuse_conflict
 from floatline.techniques.distributed.ranks import OneRank
 from floatline.techniques.registry import make_technique
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
 
 class Stack:
     """The techniques of one step.
@@ -151,6 +153,8 @@ class Stack:
 
 
 def _entered(makers: list[Callable[[], AbstractContextManager[Any]]]) -> AbstractContextManager[Any]:
+    if not makers:  # asked for three times an update
+        return _NOTHING
     contexts = [maker() for maker in makers if maker is not nullcontext]
     if len(contexts) < 2:
         return contexts[0] if contexts else nullcontext()

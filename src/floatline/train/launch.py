@@ -8,7 +8,7 @@ rank is gone, those that are left say so on the screen and in run.json, and end;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -75,6 +75,16 @@ def refuse_uneven_batch(recipe: Recipe, ranks: OneRank) -> None:
             f"train.batch_size={size} cannot be shared out evenly to {ranks.size} ranks",
             hint=f"use train.batch_size={-(-size // ranks.size) * ranks.size}, or one of "
             f"{[n for n in range(1, size + 1) if size % n == 0]} processes",
+        )
+
+
+def tell_what_ranks_cannot(recipe: Recipe, ranks: OneRank, say: Callable[[str], None]) -> None:
+    """Say before the run starts what several ranks do in another way than one."""
+    if ranks.size > 1 and recipe.guard.on_fault == "heal":
+        say(
+            f"guard.on_fault=heal: {ranks.size} ranks hold a share of the weights each, which a diagnosis wants whole; "
+            "after a fault the run goes back and leaves the batch out, as with rollback. To heal, run the same command "
+            "in one process"
         )
 
 

@@ -10,123 +10,26 @@ what decides how it goes on is agreed on by all: when to stop, which checkpoint 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from floatline.errors import FloatlineError, MemoryExceededError, NonFiniteError, RankLostError
 from floatline.observe import peak_memory, reset_peak_memory
-from floatline.step import GradientMonitor
 from floatline.train import rng
+from floatline.train.best import Best
 from floatline.train.checkpoint import checkpoint_path, find_fault, prune, save_checkpoint
 from floatline.train.data import token_counts
 from floatline.train.evaluate import Evaluation
 from floatline.train.findings import Findings
-from floatline.train.identity import is_same_recipe, refuse_other_recipe
-from floatline.train.launch import joined, note_lost_rank
-from floatline.train.manifest import Manifest, now
+from floatline.train.gradients import make_monitor, write_gradients
+from floatline.train.manifest import now
 from floatline.train.position import Position
 from floatline.train.progress import make_view
-from floatline.train.recipe import Recipe
-from floatline.train.rundir import open_run_directory
-from floatline.train.setup import Run, prepare
-from floatline.train.stopper import Stopper
+from floatline.train.setup import Run
+from floatline.train.stopper import Interrupted, Stopper
 from floatline.train.telemetry import Telemetry
-
-
-class Interrupted(Exception):
-    """The user or the system asked the run to end; a checkpoint was written first."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        path: The run directory.
-        rank: Of the process; several report the same run.
-        status: "finished", "already finished" or "interrupted".
-        evaluation: The last evaluation: of the test split where there is one, else of validation.
-    """
-
-    path: Path
-    status: str
-    evaluation: dict[str, Any] | None
-    rank: int = 0
-
-
-def train(recipe: Recipe, *, command: str = "", console: Console | None = None) -> RunResult:
-    """Train what `recipe` describes, from the newest checkpoint in its run directory or from the start.
-
-    Args:
-        recipe: What to train; see `load_recipe`.
-        command: Noted in run.json.
-        console: Where progress goes, stderr by default.
-
-    Raises:
-        FloatlineError: Anything in recipe, data, model or disk that is not right; NonFiniteError when the guard stops
-            the run.
-    """
-    with joined(recipe) as ranks, Stopper() as stopper, open_run_directory(recipe.run.dir, ranks) as rundir:
-        console = Console(quiet=True) if ranks.rank else console or Console(stderr=True)
-        manifest = Manifest(rundir)
-        before = ranks.on_first(lambda: _finished_before(manifest, recipe))
-        if before is not None:
-            return RunResult(rundir.path, "already finished", before["result"], ranks.rank)
-        manifest.begin(command)
-        try:
-            with ranks.watching():
-                say = partial(console.print, markup=False, highlight=False)
-                run = prepare(recipe, rundir, manifest, say, ranks)
-                result = Loop(run, console, stopper).run()
-        except (Interrupted, KeyboardInterrupt):
-            manifest.end("stopped", "interrupted; run the same command again to go on")
-            return RunResult(rundir.path, "interrupted", None, ranks.rank)
-        except torch.OutOfMemoryError as error:
-            _note_end(manifest, "failed", error)
-            raise _explain_memory(error, recipe) from error
-        except RankLostError as error:
-            note_lost_rank(rundir, error)
-            raise
-        except Exception as error:
-            _note_end(manifest, "stopped" if isinstance(error, NonFiniteError) else "failed", error)
-            if isinstance(error, NonFiniteError):  # all ranks stop for the same reason
-                error.told = ranks.rank > 0
-            raise
-        manifest.end("finished")
-        return RunResult(rundir.path, "finished", result, ranks.rank)
-
-
-def _finished_before(manifest: Manifest, recipe: Recipe) -> dict[str, Any] | None:
-    """Return what an earlier run of this recipe found here, None where there is something left to do.
-
-    Raises:
-        RunDirectoryError: The directory is another recipe's.
-    """
-    tree = recipe.model_dump(mode="json")
-    refuse_other_recipe(manifest, tree)
-    if manifest.values.get("status") == "finished" and is_same_recipe(manifest, tree):
-        return {"result": manifest.values.get("result")}
-    return None
-
-
-def _note_end(manifest: Manifest, status: str, error: Exception) -> None:
-    try:
-        manifest.end(status, str(error))
-    except FloatlineError:  # a full disk: the error on the screen is all there is
-        return
-
-
-def _explain_memory(error: torch.OutOfMemoryError, recipe: Recipe) -> MemoryExceededError:
-    micro = recipe.train.micro_batch_size or recipe.train.batch_size
-    smaller = f"train.micro_batch_size={micro // 2} (the update stays the same)" if micro > 1 else "smaller images"
-    return MemoryExceededError(f"out of GPU memory: {str(error).splitlines()[0]}", hint=f"try {smaller}")
 
 
 class Loop:
@@ -138,11 +41,11 @@ class Loop:
         self.step = run.step
         self.steps = run.recipe.train.steps or 0
         state = run.state or {}
-        self.best: dict[str, Any] | None = state.get("best")
+        self.best = Best(run.recipe.eval.metric or "loss", state.get("best"))
         self.stopper = stopper or Stopper()
         self.ranks = run.ranks
         self._asked_to_stop = False
-        run.rundir.cut_metrics(self.step.updates)
+        run.rundir.cut_metrics(self.step.updates, state.get("logged"))
         view = make_view(console, self.steps, self.step.updates)
         log_every = run.recipe.run.log_every or 1
         self.telemetry = Telemetry(run.rundir, run.step, view, log_every, self.steps, self.step.updates)
@@ -151,27 +54,7 @@ class Loop:
         self.findings = Findings(run.rundir, run.step, view.say, run.change_recipe)
         self.findings.load(state.get("findings", {}))
         self.findings.attach()
-        self._monitor_gradients(state.get("gradients"))
-
-    def _monitor_gradients(self, kept: dict[str, Any] | None) -> None:
-        """Let the step feed a monitor with the norms that it takes anyway; extremes are looked at now and then."""
-        every = self.recipe.run.gradients_every
-        if every is None:
-            return
-        self.step.monitor = GradientMonitor(
-            self.step.model,
-            self.recipe.train.max_grad_norm,
-            every=every,
-            elements_every=every,
-            lag=self.step.device.type == "cuda",
-            warn=False,
-        )
-        if kept:
-            self.step.monitor.load_state_dict(kept)
-
-    def _write_gradients(self) -> None:
-        if self.step.monitor is not None:
-            self.run_.rundir.write_json("gradients.json", self.step.monitor.record())
+        self.step.monitor = make_monitor(run, state.get("gradients"))
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end, then test; returns the last evaluation's record."""
@@ -262,6 +145,8 @@ class Loop:
         self.telemetry.view.say(f"went back to update {to}")
         self.telemetry.restart_clock()
         if self._asked_to_stop:
+            if not checkpoint_path(self.run_.rundir.checkpoints, to).exists():
+                self._save()
             raise Interrupted
 
     def _sum_up(self, batch: Any) -> tuple[int, int, bool]:
@@ -298,38 +183,29 @@ class Loop:
         self.telemetry.evaluation(evaluation, done)
         self._write_answers(evaluation)
         self.telemetry.restart_clock()
-        return self._note_best(evaluation, done)
-
-    def _note_best(self, evaluation: Evaluation, done: int) -> bool:
-        metric = self.recipe.eval.metric or "loss"
-        value = evaluation.accuracy if metric == "accuracy" else evaluation.loss
-        if value is None or not math.isfinite(value):
-            return False
-        rank = [value if metric == "accuracy" else -value, -evaluation.loss]  # equal accuracy: the lower loss
-        if self.best is not None and rank <= self.best["rank"]:
-            return False
-        self.best = {"best_step": done, "metric": metric, "value": value, "rank": rank}
-        return True
+        return self.best.note(evaluation, done)
 
     def _save(self) -> None:
         """Write a checkpoint of this moment and prune old ones."""
         run = self.run_
         state = {
             "step": self.step.state_dict(),
+            "rng": self.ranks.collect(rng.capture()),  # before the loader, which after a rollback makes an iterator
             "loader": run.loader.state_dict(),
-            "rng": self.ranks.collect(rng.capture()),
-            "best": self.best,
+            "best": self.best.kept,
             "position": self.position.kept(),
             "findings": self.findings.state(),
+            "logged": run.rundir.logged(),
             "gradients": self.step.monitor.state_dict() if self.step.monitor is not None else None,
         }
-        self._write_gradients()
+        write_gradients(run)
         plain, shards = run.weights.split(state)
         directory = run.rundir.checkpoints
         save_checkpoint(directory, self.step.updates, plain, lambda path: run.weights.write(path, shards), self.ranks)
-        keep = {self.best["best_step"]} if self.best else set()
+        self.step.rollback.at_checkpoint()
+        keep = {self.best.step} if self.best.step is not None else set()
         self.ranks.on_first(lambda: prune(directory, keep_last=self.recipe.train.keep_last, keep=keep))
-        run.manifest.update(best=self.best, peak_memory_bytes=peak_memory(self.step.device))
+        run.manifest.update(best=self.best.kept, peak_memory_bytes=peak_memory(self.step.device))
 
     def _write_answers(self, evaluation: Evaluation) -> None:
         lines = [json.dumps(asdict(answer)) + "\n" for answer in evaluation.answers]
@@ -338,7 +214,7 @@ class Loop:
     def _finish(self) -> dict[str, Any] | None:
         """Test the best checkpoint where there is test data; note the result."""
         run = self.run_
-        result = {key: value for key, value in self.best.items() if key != "rank"} if self.best else None
+        result = self.best.record()
         if "test" in run.datasets:
             step = self._load_best()
             evaluation = run.evaluator.evaluate(run.datasets["test"], "test", generate=self.recipe.eval.generate)
@@ -351,12 +227,12 @@ class Loop:
 
     def _load_best(self) -> int:
         """Put the best checkpoint's weights into the model; returns its update."""
-        if self.best is None or self.best["best_step"] == self.step.updates:
+        if self.best.step is None or self.best.step == self.step.updates:
             return self.step.updates
-        path = checkpoint_path(self.run_.rundir.checkpoints, self.best["best_step"])
+        path = checkpoint_path(self.run_.rundir.checkpoints, self.best.step)
         fault = self.ranks.on_first(lambda: find_fault(path))
         if fault is not None:
             self.telemetry.view.say(f"the best checkpoint is damaged ({fault}); the last weights are tested instead")
             return self.step.updates
         self.run_.weights.read(path)
-        return int(self.best["best_step"])
+        return self.best.step

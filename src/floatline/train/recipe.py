@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from floatline.errors import ConfigError, did_you_mean
 from floatline.techniques import Technique
+from floatline.train.optimizers import Choice, optimizer_tree, ruled_out
 from floatline.train.techniques import read_techniques, technique_tree
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -60,6 +61,10 @@ class TrainSection(Section):
     epochs: Positive | None = Field(None, description="passes over the training data; give steps or epochs")
     batch_size: Count = Field(8, description="samples per optimizer update")
     micro_batch_size: Count | None = Field(None, description="samples per forward; divides batch_size")
+    optimizer: Choice | None = Field(
+        None,
+        description="how small updates are kept; null is adamw-plain in bf16-true, else adamw, or as a technique says",
+    )
     lr: Positive = Field(1e-4, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="course after the warm-up")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="updates of linear warm-up")
@@ -67,6 +72,9 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays")
     max_grad_norm: Positive | None = Field(1.0, description="clip to this gradient norm; null switches it off")
+    loss_scale: Positive | None = Field(
+        None, description="fp16 loss scale to start from; at 1 and below it does not grow; null starts at 65536"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seeds python, numpy, torch and the data order")
     checkpoint_every: Count | None = Field(None, description="updates between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept besides the best")
@@ -141,7 +149,9 @@ class Recipe(Section):
     @property
     def left_out(self) -> tuple[str, ...]:
         """Names of techniques that a plan must not use."""
-        return tuple(name for name, value in self.techniques.items() if value is False)
+        said = tuple(name for name, value in self.techniques.items() if value is False)
+        settled = ruled_out(self.train.optimizer, self.precision)
+        return tuple(dict.fromkeys((*said, *settled)))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -167,7 +177,7 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
         ConfigError: As `load_recipe`.
     """
     try:
-        tree = technique_tree(tree)
+        tree = optimizer_tree(technique_tree(tree), tree.get("techniques"))
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from None

@@ -18,6 +18,10 @@ from floatline.errors import RankLostError
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(Exception):
+    """The user or the system asked the run to end; a checkpoint was written first."""
+
+
 class Stopper:
     """Handles the two signals while it is active (in the main thread; elsewhere it does nothing).
 

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
+from floatline.observe.cost import cost_of
+from floatline.observe.error.exact_kernels import EXACT_KERNELS
 from floatline.observe.error.measures import Measure, measure, relative_error, sampled
 from floatline.observe.error.shadows import Shadows
 from floatline.observe.error.sums import swallowed_share
@@ -38,9 +40,11 @@ from floatline.observe.finite.ran import written
 from floatline.observe.real import tensors_in
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 _UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_STATISTICS = frozenset({"native_layer_norm", "native_batch_norm", "native_group_norm", "_fused_rms_norm"})
+"""Ops that also return means and such, small by cancellation: their results are judged by the first one."""
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,10 @@ class Reading:
         measure: The worst of its calls; None where it has only decided.
         calls: How many.
         flipped: Decisions that came out otherwise.
+        flipped_here: Those that do so on exact inputs, rounded to the format.
         decisions: Decisions in all.
         stalled: Worst share of increments that a running sum would lose (sums.py); None for other ops.
+        flops: Of all calls.
     """
 
     spot: Spot
@@ -64,8 +70,10 @@ class Reading:
     measure: Measure | None
     calls: int = 1
     flipped: int = 0
+    flipped_here: int = 0
     decisions: int = 0
     stalled: float | None = None
+    flops: int = 0
 
     def joined(self, other: Reading) -> Reading:
         """Return both as one."""
@@ -76,8 +84,10 @@ class Reading:
             measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].worst(pair[1]),
             calls=self.calls + other.calls,
             flipped=self.flipped + other.flipped,
+            flipped_here=self.flipped_here + other.flipped_here,
             decisions=self.decisions + other.decisions,
             stalled=max(stalls) if stalls else None,
+            flops=self.flops + other.flops,
         )
 
 
@@ -128,9 +138,9 @@ class ErrorMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(kind not in _PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
+        if any(kind not in PLAIN and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
-        with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -145,7 +155,7 @@ class ErrorMeter(TorchDispatchMode):
             return out
         call = _Call(func, name, args, kwargs, self.shadows)
         out = func(*args, **kwargs)
-        self._account(call, [t for t in call.results(out) if t.layout == torch.strided])
+        self._account(call, [t for t in call.results(out) if t.layout == torch.strided], out)
         return out
 
     def _opaque(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -153,8 +163,8 @@ class ErrorMeter(TorchDispatchMode):
         self.unmeasured[func.name()] += 1
         return func(*args, **kwargs)
 
-    def _account(self, call: _Call, results: list[torch.Tensor]) -> None:
-        if not results or all(_shares(tensor, call.reads) for tensor in results if not call.writes):
+    def _account(self, call: _Call, results: list[torch.Tensor], out: Any) -> None:
+        if not results or (not call.writes and all(_shares(tensor, call.reads) for tensor in results)):
             return  # a view by another name
         if call.draws:
             self._drawn(call, results)
@@ -169,10 +179,12 @@ class ErrorMeter(TorchDispatchMode):
             for tensor in results:
                 self.shadows.forget(tensor)
             return
-        self._note(call, results, exact)
+        noise = self._note(call, results, exact, out)
         for tensor, values in zip(results, exact):
             if tensor.is_floating_point() or self.shadows.known(tensor) or not torch.equal(tensor, values):
                 self.shadows.set(tensor, values if tensor.is_floating_point() else values.to(tensor.dtype))
+                if noise:
+                    self.shadows.mark_noise(tensor)
 
     def _drawn(self, call: _Call, results: list[torch.Tensor]) -> None:
         """Random numbers stand for themselves; dropout keeps its mask."""
@@ -185,38 +197,50 @@ class ErrorMeter(TorchDispatchMode):
 
     # What is measured
 
-    def _note(self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-        decisions = [(t, e) for t, e in zip(results, exact) if call.decides and not t.is_floating_point()]
+    def _note(self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor], out: Any) -> bool:
+        """Measure a call; say whether its result is noise in fp32 as well."""
+        floats = [tensor for tensor in call.reads if tensor.is_floating_point()]
+        if floats and all(self.shadows.is_noise(tensor) for tensor in floats):
+            return True
+        flops = cost_of(call.func, call.args, call.kwargs, out)[0]
         lowered = call.lowered(results)
+        decisions = [place for place, t in enumerate(results) if call.decides and not t.is_floating_point()]
+        flipped = sum(_differing(results[place], exact[place]) for place in decisions)
+        decided = sum(results[place].numel() for place in decisions)
         if lowered and call.name == "_to_copy":  # of large weights a sample is cast, not all again
             call, results, exact = call.sampled(results), [sampled(results[0])], [sampled(exact[0])]
         if not decisions and not (lowered and self._local):
-            return
-        low = fp32 = None
-        if lowered and self._local:
-            low = call.again(call.exact, None)
-            fp32 = call.again(call.exact, torch.float32)
+            return False
+        low = call.again(call.exact, None) if lowered and self._local else None
+        if low is not None and not _fit(low, results):
+            low = None
+        worst = None if low is None else self._measured(call, results, exact, low)
+        reading = Reading(
+            spot=self._spot(call.name),
+            phase="backward" if derivative_that_runs() is not None else self.phase,
+            ran=call.name,
+            measure=worst,
+            flipped=flipped,
+            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions) if low is not None else 0,
+            decisions=decided,
+            stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
+            flops=flops,
+        )
+        self._add(reading)
+        return worst is not None and not worst.sound
+
+    def _measured(
+        self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor], low: list[torch.Tensor]
+    ) -> Measure | None:
+        fp32 = call.again(call.exact, torch.float32)
         worst: Measure | None = None
         for place, (tensor, values) in enumerate(zip(results, exact)):
-            if low is None or not _fit(low, results) or not tensor.is_floating_point() or not tensor.numel():
+            if not tensor.is_floating_point() or not tensor.numel() or (place and call.name in _STATISTICS):
                 continue
             other = fp32[place] if fp32 is not None and _fit(fp32, results) else None
             one = measure(values, low[place], other, tensor)
             worst = one if worst is None else worst.worst(one)
-        flipped = sum(int((t != e.to(t.dtype)).sum()) for t, e in decisions)
-        if worst is None and not decisions:
-            return
-        self._add(
-            Reading(
-                spot=self._spot(call.name),
-                phase="backward" if derivative_that_runs() is not None else self.phase,
-                ran=call.name,
-                measure=worst,
-                flipped=flipped,
-                decisions=sum(t.numel() for t, _ in decisions),
-                stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
-            )
-        )
+        return worst
 
     def _add(self, reading: Reading) -> None:
         key = (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
@@ -353,8 +377,9 @@ class _Call:
         kwargs = {key: changed(value) for key, value in self.kwargs.items()}
         if dtype is not None and self.name in ("_softmax", "_log_softmax"):
             args[2] = False  # half_to_float
+        func = EXACT_KERNELS.get(self.name, self.func) if dtype is torch.float64 else self.func
         try:
-            out = self.func(*args, **kwargs)
+            out = func(*args, **kwargs)
         except Exception:  # no kernel for it, or no memory
             return None
         outs: list[torch.Tensor] = []
@@ -375,7 +400,9 @@ def _shares(tensor: torch.Tensor, others: list[torch.Tensor]) -> bool:
     return any(other.untyped_storage()._cdata == storage for other in others)
 
 
+def _differing(tensor: torch.Tensor, exact: torch.Tensor) -> int:
+    return int((tensor != exact.to(tensor.dtype)).sum())
+
+
 def _fit(values: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
     return len(values) == len(results) and all(v.shape == r.shape for v, r in zip(values, results))
-
-

@@ -15,7 +15,7 @@ values stand for themselves.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -24,10 +24,12 @@ SWEEP = 32
 """Storages that may be added before the dead ones are looked for."""
 
 
-class _Kept(NamedTuple):
+@dataclass
+class _Kept:
     storage: StorageWeakRef
     itemsize: int
     values: torch.Tensor
+    noise: bool = False
 
 
 class Shadows:
@@ -74,7 +76,19 @@ class Shadows:
                 around = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (length,), (1,))
                 values.copy_(around)
             kept = self._keep(tensor, values)
+        kept.noise = False
         _window(kept.values, tensor).copy_(exact)
+
+    def mark_noise(self, tensor: torch.Tensor) -> None:
+        """Note that fp32 does not compute the values of `tensor` either: what is left when all has cancelled."""
+        kept = self._find(tensor)
+        if kept is not None:
+            kept.noise = True
+
+    def is_noise(self, tensor: torch.Tensor) -> bool:
+        """Say whether that was noted."""
+        kept = self._find(tensor)
+        return kept is not None and kept.noise
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Let the values of `tensor` stand for themselves."""

@@ -1,0 +1,255 @@
+"""`fl.audit`: what must stay fp32, and the cheapest policy that is safe.
+
+    report = fl.audit(model, batch, loss)
+    print(report.policy)          # "bf16-mixed; layers.*.norm=32"
+    report.rows                   # every op: which way it fails, by how much, where
+
+For each candidate format the real step runs under the real policy (candidate.py), with a meter on every op
+(observe/error). fp64 is the judge, and fp32 the measure of what can be asked.
+
+What the audit sees is one step on the batches it is given. Not covered: errors that build up over many updates (of
+weights, updates.py says which are lost), kernels that only the target has (it says which), compiled code (it runs
+eager).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from floatline.audit.candidate import NAMES, Lowered, Lowering
+from floatline.audit.kernels import host_cannot_tell
+from floatline.audit.modules import candidates as module_candidates
+from floatline.audit.noise import noise_of
+from floatline.audit.probes import probe
+from floatline.audit.report import AuditReport, Candidate
+from floatline.audit.rows import module_rows, rows_of
+from floatline.audit.subject import Exact, Loss, Subject
+from floatline.audit.tolerance import Effect, Tolerance
+from floatline.audit.update_report import UpdateReport
+from floatline.audit.updates import audit_updates
+from floatline.audit.verdict import advice_of, choose, verdict
+from floatline.errors import ConfigError, ModelError, did_you_mean
+from floatline.hardware import Hardware, format_verdict, resolve
+from floatline.observe.finite import plain_name
+from floatline.precision import Policy
+
+MODES = ("mixed", "true")
+Optimizer = torch.optim.Optimizer | Callable[[list[Any]], torch.optim.Optimizer]
+
+
+def audit(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None = None,
+    candidates: Sequence[str] = ("bf16", "fp16"),
+    tolerance: float | Tolerance | None = None,
+    *,
+    mode: str = "mixed",
+    hardware: str | Hardware = "auto",
+    optimizer: Optimizer | None = None,
+    backward: bool = True,
+    repeats: int = 3,
+    probes: int | None = 12,
+    most_trials: int | None = None,
+    fp8: bool = False,
+    seed: int = 0,
+) -> AuditReport:
+    """Audit a model's precision.
+
+    Args:
+        model: Any module with floating parameters; it is copied, and not changed.
+        batch: dict -> `model(**batch)`, tuple -> `model(*batch)`, or a tensor; a list of batches to see how much the
+            verdict hangs on one.
+        loss: `(model, batch) -> tensor`; None takes the model's own loss, else its first floating output.
+        candidates: Lower formats to try, the preferred one first.
+        tolerance: Largest relative error of the gradient (0.1), others in proportion; or a `Tolerance`.
+        mode: "mixed" for autocast over fp32 weights, "true" for weights that are cast.
+        hardware: Whose autocast lists hold: "auto" is this machine; a GPU's name gives CUDA's on any host.
+        optimizer: A factory or an optimizer: which of its updates are lost. None takes AdamW at a learning rate of
+            1e-4 in mode "true".
+        backward: Also audit the backward.
+        repeats: Runs with stochastic rounding for each confidence.
+        probes: Modules that are lowered one at a time, the most suspected ones; None for all.
+        most_trials: Joint evaluations at most; None for as many as the search takes.
+        fp8: Also say which linear layers could multiply in fp8.
+        seed: Of what the model draws.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: An unknown candidate, mode or hardware; a tolerance that is not positive.
+        ModelError: There is nothing to audit: no floating parameters, no tensor in the output, no gradient; or the step
+            is not finite in fp32 (see `fl.diagnose`).
+
+    Example:
+        >>> report = audit(nn.Linear(8, 4), torch.ones(2, 8), candidates=("bf16",), hardware="cpu")
+        >>> report.policy
+        'bf16-mixed'
+    """
+    started = time.perf_counter()
+    _check(model, candidates, mode, repeats, probes)
+    allowed = Tolerance.of(tolerance)
+    target = resolve(hardware)
+    batches = batch if isinstance(batch, list) else [batch]
+    if not batches:
+        raise ConfigError("batch is an empty list", hint="give at least one batch")
+    subject = Subject(model, batches, loss, target, backward, seed)
+    _look_for_randomness(subject)
+    exacts = [subject.exact(place)[0] for place in range(len(batches))]
+    fp32 = _fp32(exacts[0])
+    lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]
+    updates = _updates(subject, model, candidates, mode, optimizer)
+    made: dict[str, Candidate] = {}
+    rows, modules = [], []
+    for low in lowered:
+        items = module_candidates(subject.model, low.judged, frozenset())
+        alone = probe(subject, exacts[0], low.name, mode, items, probes, low.all_lowered.scale)
+        sure = _confidences(subject, exacts, low, allowed, repeats)
+        rows += rows_of(low)
+        modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)
+        made[low.name] = _candidate(subject, exacts, low, allowed, target, updates.get(low.name), repeats)
+    policy = choose(made)
+    rows.sort(key=lambda row: (row.failure is None, -row.severity))
+    eights, eight_policy = _fp8(subject, model) if fp8 else ((), "")
+    return AuditReport(
+        model=type(model).__name__,
+        mode=mode,
+        hardware=target.name,
+        tolerance=allowed,
+        rows=tuple(rows),
+        modules=tuple(modules),
+        candidates=made,
+        policy=policy,
+        verdict=verdict(policy, made, len(list(subject.model.modules())), rows),
+        fp32=fp32,
+        updates=updates,
+        fp8=eights,
+        fp8_policy=eight_policy,
+        notes=(*subject.notes, *host_cannot_tell(lowered, target)),
+        passes=dict(subject.passes.count),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(model: Any, candidates: Any, mode: str, repeats: int, probes: int | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model is a {type(model).__name__}", hint="pass a torch.nn.Module, or use audit_function(fn, inputs)"
+        )
+    if isinstance(candidates, str) or not candidates:
+        raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
+    for name in candidates:
+        if name not in NAMES:
+            raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
+    for key, value in {"repeats": repeats, "probes": probes}.items():
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise ConfigError(f"{key}={value!r}", hint="give a number of runs, 0 or more")
+
+
+def _look_for_randomness(subject: Subject) -> None:
+    """Note it where the model draws random numbers in evaluation mode, or gives other results from run to run."""
+    first, again, other = subject.plain(subject.seed), subject.plain(subject.seed), subject.plain(subject.seed + 1)
+    if not bool(torch.isfinite(first).all()):
+        raise ModelError(
+            "the step is not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+        )
+    if not torch.equal(first, again):
+        off = float((first.double() - again.double()).abs().max())
+        subject.notes.append(f"two runs with the same seed differ by up to {off:.2g}: that is in every error below")
+    elif not torch.equal(first, other):
+        subject.notes.append(
+            "the model draws random numbers in evaluation mode (dropout that is always on?); "
+            f"every run uses seed {subject.seed}"
+        )
+
+
+def _fp32(exact: Exact) -> Effect:
+    sound = {name: error for name, error in exact.fp32.items() if error < 1.0}
+    worst = max(sound, key=lambda name: sound[name], default="")
+    return Effect(
+        policy="32-true",
+        loss_error=exact.loss_fp32,
+        gradient_error=exact.gradient_fp32,
+        tensor_error=sound.get(worst, 0.0),
+        tensor=worst,
+    )
+
+
+def _candidate(
+    subject: Subject,
+    exacts: Sequence[Exact],
+    low: Lowered,
+    allowed: Tolerance,
+    target: Hardware,
+    updates: UpdateReport | None,
+    repeats: int,
+) -> Candidate:
+    legal = format_verdict(target, low.name)
+    base = noise_of(subject, exacts, Policy.parse(low.base), low.all_lowered, allowed, repeats)
+    own = None if low.policy is None else base
+    if low.policy not in (None, low.base) and low.effect is not None:
+        own = noise_of(subject, exacts, Policy.parse(str(low.policy)), low.effect, allowed, repeats)
+    return Candidate(
+        name=low.name,
+        base=low.base,
+        policy=low.policy,
+        islands=tuple(sorted(low.islands or ())),
+        all_lowered=low.all_lowered,
+        effect=low.effect,
+        noise=base,
+        noise_of_policy=own,
+        cost=sum(low.costs.get(name, 0.0) for name in low.islands or ()),
+        trials=low.trials,
+        front=low.front(),
+        reason=low.reason,
+        advice=advice_of(low, updates),
+        illegal="" if legal else legal.reason,
+    )
+
+
+def _confidences(
+    subject: Subject, exacts: Sequence[Exact], low: Lowered, allowed: Tolerance, repeats: int
+) -> dict[str, float]:
+    """For each island: how often the policy without it is outside of the tolerance. What fails by itself is sure."""
+    islands = low.islands or frozenset()
+    sure = dict.fromkeys(islands & low.flagged, 1.0)
+    rest = sorted(islands - low.flagged)
+    for name in rest[:8]:
+        without = low.lowering.policy(islands - {name}, low.lowered_again)
+        effect = low.lowering.effect(islands - {name}, low.lowered_again)
+        noise = noise_of(subject, exacts, without, effect, allowed, repeats)
+        sure[name] = sum(ratio > 1 for ratio in noise.ratios) / len(noise.ratios)
+    return sure
+
+
+def _updates(
+    subject: Subject, model: nn.Module, candidates: Sequence[str], mode: str, optimizer: Optimizer | None
+) -> dict[str, UpdateReport]:
+    """Say which updates are lost, on weights of the format that they have in training."""
+    if not subject.backward or (optimizer is None and mode == "mixed"):
+        return {}
+    if optimizer is None:
+        subject.notes.append("no optimizer was given: AdamW with lr=1e-4 is taken for the audit of updates")
+    given = optimizer if optimizer is not None else (lambda parameters: torch.optim.AdamW(parameters, lr=1e-4))
+    gradients = subject.gradients()
+    named = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    formats = {name: name if mode == "true" else "fp32" for name in candidates}
+    by_format = {
+        fmt: audit_updates(named, gradients, given, weights=fmt, master=fmt == "fp16") for fmt in set(formats.values())
+    }
+    return {name: by_format[fmt] for name, fmt in formats.items()}
+
+
+def _fp8(subject: Subject, model: nn.Module) -> tuple[Any, str]:
+    from floatline.audit.fp8 import fp8_policy, what_if
+
+    rows = what_if(subject.model, subject.loss_once)
+    return rows, fp8_policy(rows, subject.model)

@@ -1,0 +1,90 @@
+"""Which modules can become fp32 islands, what each costs, and how much it is suspected.
+
+A module is a candidate if its own forward runs an op that has to do with the lower format. One that has children
+becomes an island with all of them; the search prefers cheaper ones inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from floatline.audit.judging import Judged
+from floatline.audit.trials import Item, merged
+from floatline.observe.error import Reading
+from floatline.observe.finite import plain_name
+
+SMALL = 1e-3
+"""Cost of an island besides its FLOPs: each one is two casts and a line in the policy."""
+
+
+def candidates(model: nn.Module, judged: Sequence[tuple[Reading, Judged]], kept: frozenset[str]) -> list[Item]:
+    """Return the modules that may become islands.
+
+    Args:
+        model: Whose modules.
+        judged: The readings of one format, each with its judgement.
+        kept: Those that are islands anyhow.
+    """
+    own: dict[str, float] = defaultdict(float)
+    for reading, verdict in judged:
+        own[reading.spot.module] = max(own[reading.spot.module], _suspicion(reading, verdict))
+    costs = cost_shares(model, judged)
+    found = []
+    for name in callable_modules(model):
+        if name in own and not any(name == k or name.startswith(f"{k}.") for k in kept):
+            found.append(Item(name=name, cost=costs[name] + SMALL, suspicion=own[name]))
+    return found
+
+
+def cost_shares(model: nn.Module, judged: Sequence[tuple[Reading, Judged]]) -> Mapping[str, float]:
+    """Return each module's share of the FLOPs of all lowered ops, with what is inside of it."""
+    flops: dict[str, int] = defaultdict(int)
+    for reading, _ in judged:
+        flops[reading.spot.module] += reading.flops
+    total = sum(flops.values()) or 1
+    names = callable_modules(model)
+    return {
+        name: sum(n for other, n in flops.items() if other == name or other.startswith(f"{name}.")) / total
+        for name in names
+    }
+
+
+def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Return modules with those that share a weight with them: where weights are cast, one tensor has one format."""
+    owners: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(plain_name(name))
+    chosen = set(names)
+    for shared in owners.values():
+        if len(shared) > 1 and any(o == n or o.startswith(f"{n}.") for o in shared for n in chosen):
+            chosen |= shared
+    return merged(chosen - {""})
+
+
+def parents_first(names: Sequence[str]) -> list[str]:
+    """Return names without those that lie inside of another one."""
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+
+
+def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that a rule can name: all but the model itself and containers without a forward."""
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if name and type(module).forward is not nn.Module.forward
+    }
+
+
+def _suspicion(reading: Reading, judged: Judged) -> float:
+    """How much an op is suspected: how it fails, else what it makes of exact inputs."""
+    if judged.failure is not None:
+        return 1e6 if math.isinf(judged.severity) else 1e3 * judged.severity
+    measure = reading.measure
+    if measure is None:
+        return 0.0
+    return min(measure.error, 1e2) if measure.sound else 0.0

@@ -1,0 +1,67 @@
+"""What an audit says in words: the policy of all candidates, the paragraph, what no policy can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from floatline.audit.candidate import Lowered
+from floatline.audit.report import Candidate, Row
+from floatline.audit.update_report import UpdateReport
+
+
+def choose(candidates: Mapping[str, Candidate]) -> str:
+    """Return the policy with the fewest FLOPs in fp32 that the target runs, the earlier one of equals; else fp32."""
+    usable = [c for c in candidates.values() if c.policy is not None and not c.illegal]
+    if not usable:
+        return "32-true"
+    return str(min(usable, key=lambda c: (len(c.islands) > 0, c.cost)).policy)
+
+
+def verdict(policy: str, candidates: Mapping[str, Candidate], modules: int, rows: Sequence[Row]) -> str:
+    """Return one paragraph: a sentence for each candidate, then the choice."""
+    sentences = [_of(candidate, modules, rows) for candidate in candidates.values()]
+    if policy == "32-true":
+        sentences.append("Stay in fp32: 32-true.")
+    else:
+        sentences.append(f"Use {policy}.")
+    return " ".join(sentences)
+
+
+def _of(candidate: Candidate, modules: int, rows: Sequence[Row]) -> str:
+    failing = sum(row.candidate == candidate.name and row.failure is not None for row in rows)
+    lowered, effect = candidate.all_lowered, candidate.effect
+    if candidate.policy is None:
+        text = f"{candidate.base} is not safe, with whatever islands: {candidate.reason}"
+    elif not candidate.islands and not failing:
+        text = f"{candidate.base} is safe as it is: loss within {_percent(lowered.loss_error)}, gradient within "
+        text += f"{_percent(lowered.gradient_error)} of fp64"
+    elif not candidate.islands:
+        text = f"{candidate.base} is within the tolerance, but {failing} ops outside of modules fail (see the advice)"
+    else:
+        assert effect is not None
+        before = _percent(lowered.gradient_error) if lowered.finite else "not finite"
+        text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32: the gradient's error is "
+        text += f"{before} without and {_percent(effect.gradient_error)} with them"
+    if candidate.illegal:
+        text += f"; the target does not run it: {candidate.illegal}"
+    return text + "."
+
+
+def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
+    """Return what no policy can do: code outside of modules, the optimizer."""
+    found = []
+    for reading, judged in low.judged:
+        if judged.failure is not None and reading.spot.module not in (low.islands or ()) and reading.spot.module == "":
+            place = reading.spot.user
+            where = f"{place.file}:{place.line}" if place is not None else "the top of the model"
+            found.append(
+                f"{reading.spot.op} at {where} is in no module that a policy can name: compute it in fp32 (x.float()), "
+                f"for {judged.why}"
+            )
+    if updates is not None and updates.advice:
+        found.append(updates.advice)
+    return tuple(dict.fromkeys(found))
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.2g} %"
