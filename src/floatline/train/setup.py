@@ -306,8 +306,9 @@ def note_techniques(step: TrainStep, manifest: Manifest, say: Say) -> None:
     for note in [*step.precision.notes, *step.stack.notes]:
         say(note)
     manifest.update(
+        kept_high=step.precision.kept,
         techniques=[
             {"technique": str(a.technique), "touched": list(a.touched), "notes": list(a.notes)}
             for a in step.stack.applied
-        ]
+        ],
     )
