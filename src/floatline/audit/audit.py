@@ -14,6 +14,7 @@ eager).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,6 +103,10 @@ def audit(
     subject = Subject(model, batches, loss, target, backward, seed)
     _look_for_randomness(subject)
     exacts = [subject.exact(place)[0] for place in range(len(batches))]
+    if not math.isfinite(exacts[0].gradient_fp32):
+        raise ModelError(
+            "the gradients are not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+        )
     fp32 = _fp32(exacts[0])
     lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]
     updates = _updates(subject, model, candidates, mode, optimizer)
