@@ -14,6 +14,7 @@ eager).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,6 +107,10 @@ def audit(
     subject.passes = ToldPasses(progress=progress)
     _look_for_randomness(subject)
     exacts = [subject.exact(place)[0] for place in range(len(batches))]
+    if not math.isfinite(exacts[0].gradient_fp32):
+        raise ModelError(
+            "the gradients are not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+        )
     fp32 = _fp32(exacts[0])
     lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]
     updates = _updates(subject, model, candidates, mode, optimizer)
@@ -196,7 +201,8 @@ def _candidate(
     updates: UpdateReport | None,
     repeats: int,
 ) -> Candidate:
-    legal = format_verdict(target, low.name)
+    runs = format_verdict(target, low.name)
+    refused = target.kind == "cuda" and not runs  # a CPU emulates what it lacks
     base = noise_of(subject, exacts, Policy.parse(low.base), low.all_lowered, allowed, repeats)
     own = None if low.policy is None else base
     if low.policy not in (None, low.base) and low.effect is not None:
@@ -215,7 +221,7 @@ def _candidate(
         front=low.front(),
         reason=low.reason,
         advice=advice_of(low, updates),
-        illegal="" if legal else legal.reason,
+        illegal=runs.reason if refused else "",
     )
 
 

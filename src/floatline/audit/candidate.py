@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from floatline.audit.judging import Judged, judge
+from floatline.audit.judging import Judged, explained, judge
 from floatline.audit.modules import callable_modules, candidates, cost_shares, parents_first, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
@@ -122,6 +122,7 @@ class Lowering:
         islands, found, reason = self._search(judged, fixed, everything)
         again, policy, effect = frozenset[str](), None, None
         if islands is not None:
+            judged = explained(judged, islands, everything.ratio(self.tolerance))
             again = self._hollowed(islands, flagged, judged)
             policy, effect = str(self.policy(islands, again)), self.effect(islands, again)
         return Lowered(

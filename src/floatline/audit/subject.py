@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.audit.buffers import stalled_buffers
@@ -154,6 +155,7 @@ class Subject:
         self.model = self._copied(model)
         self.device = next(self.model.parameters()).device
         self.batches = [_detached(move(batch, self.device)) for batch in batches]
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._weights = {name: t.detach().clone() for name, t in _tensors(self.model)}
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -249,9 +251,10 @@ class Subject:
         self.passes.add("metered")
         with self._started(policy) as applied, metering(self.model) as meter:
             self._step(applied, batch, scale, meter)
-            errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
-            buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
-                       for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
+            with _disable_current_modes():  # looking is no part of the step
+                errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
+                buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
+                           for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
         return Metered(
             readings=tuple(meter.readings),
             gradient_errors=errors,
@@ -274,6 +277,8 @@ class Subject:
             stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
             if self.hardware.kind == "cuda" and not devices:
                 stack.enter_context(cuda_autocast())
+            if "fp16" in policy.formats and self._recurrent:
+                stack.enter_context(_without_onednn())
             torch.manual_seed(self.seed if seed is None else seed)
             applied = apply_precision(self.model, policy)
             try:
@@ -336,6 +341,17 @@ class Subject:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield plain_name(name), parameter
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Run recurrent layers by torch's own kernels: oneDNN has none in fp16 on most CPUs, and raises."""
+    was = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was)
 
 
 def _output(output: Any, source: str) -> torch.Tensor:

@@ -29,6 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.observe.cost import cost_of
+from floatline.observe.error.chains import ADDING, Chains
 from floatline.observe.error.exact_kernels import EXACT_KERNELS
 from floatline.observe.error.measures import Measure, measure, relative_error, sampled
 from floatline.observe.error.shadows import Shadows
@@ -60,7 +61,8 @@ class Reading:
         flipped: Decisions that came out otherwise.
         flipped_here: Those that do so on exact inputs, rounded to the format.
         decisions: Decisions in all.
-        stalled: Worst share of increments that a running sum would lose (sums.py); None for other ops.
+        stalled: Worst share that a running sum would lose (sums.py), or a loop of additions has lost (chains.py); None
+            for other ops.
         flops: Of all calls.
     """
 
@@ -81,7 +83,7 @@ class Reading:
         stalls = [s for s in (self.stalled, other.stalled) if s is not None]
         return replace(
             self,
-            measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].worst(pair[1]),
+            measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].joined(pair[1]),
             calls=self.calls + other.calls,
             flipped=self.flipped + other.flipped,
             flipped_here=self.flipped_here + other.flipped_here,
@@ -114,6 +116,7 @@ class ErrorMeter(TorchDispatchMode):
         self.unmeasured: Counter[str] = Counter()
         self._local = local
         self._readings: dict[tuple[Any, ...], Reading] = {}
+        self._chains = Chains()
         self._nodes = Nodes()
         self._root: FrameType | None = None
 
@@ -226,6 +229,10 @@ class ErrorMeter(TorchDispatchMode):
             stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
             flops=flops,
         )
+        if call.name in ADDING and results[0].dtype in HALVES:
+            operands = [call.exact[id(tensor)] for tensor in floats]
+            lost = self._chains.follow(_key(reading), results[0], exact[0], operands)
+            reading = replace(reading, stalled=lost)
         self._add(reading)
         return worst is not None and not worst.sound
 
@@ -243,7 +250,7 @@ class ErrorMeter(TorchDispatchMode):
         return worst
 
     def _add(self, reading: Reading) -> None:
-        key = (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
+        key = _key(reading)
         known = self._readings.get(key)
         self._readings[key] = reading if known is None else known.joined(reading)
 
@@ -387,6 +394,10 @@ class _Call:
             if all(tensor is not other for other in outs):
                 outs.append(tensor)
         return [tensor for tensor in outs if tensor.layout == torch.strided]
+
+
+def _key(reading: Reading) -> tuple[Any, ...]:
+    return (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
 
 
 def _format(given: torch.dtype, goal: torch.dtype | None) -> torch.dtype:
