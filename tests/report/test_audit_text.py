@@ -45,10 +45,19 @@ def test_the_recipes_line_is_last_and_never_folded() -> None:
 
 
 def test_the_headline_is_the_answer() -> None:
-    assert headline(audits.report()) == "net on t4: bf16-mixed is safe with 4 modules in fp32."
+    assert headline(audits.report(updates={})) == "net on t4: bf16-mixed is safe with 4 modules in fp32."
     plain = audits.candidate(policy="bf16-mixed", islands=())
-    assert headline(audits.report(candidates={"bf16": plain}, policy="bf16-mixed")).endswith("is safe as it is.")
+    assert headline(audits.report(candidates={"bf16": plain}, policy="bf16-mixed", updates={})).endswith(
+        "is safe as it is."
+    )
     assert headline(audits.hopeless()) == "net on t4: no lower format is safe, stay in 32-true."
+
+
+def test_the_headline_warns_of_updates_that_are_lost() -> None:
+    """A step may be precise and yet train nothing."""
+    assert headline(audits.report()).endswith(
+        "is safe with 4 modules in fp32, but 1 of 2 parameters lose optimizer updates (see the advice)."
+    )
 
 
 def test_repeated_layers_are_told_once() -> None:

@@ -109,7 +109,8 @@ def audit(
     exacts = [subject.exact(place)[0] for place in range(len(batches))]
     if not math.isfinite(exacts[0].gradient_fp32):
         raise ModelError(
-            "the gradients are not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+            "the gradients are not finite in fp32 already",
+            hint="find the first bad op with fl.diagnose(forward, model)",
         )
     fp32 = _fp32(exacts[0])
     lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]

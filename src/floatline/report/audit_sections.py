@@ -67,7 +67,16 @@ def headline(report: AuditReport) -> str:
         return f"{report.model} on {report.hardware}: no lower format is safe, stay in 32-true."
     candidate = chosen(report)
     kept = f"with {times(len(candidate.islands), 'module')} in fp32" if candidate.islands else "as it is"
-    return f"{report.model} on {report.hardware}: {candidate.base} is safe {kept}."
+    return f"{report.model} on {report.hardware}: {candidate.base} is safe {kept}{_but(report, candidate)}."
+
+
+def _but(report: AuditReport, candidate: Candidate) -> str:
+    """Say what a precise step does not help against: updates that the weights' format loses."""
+    updates = report.updates.get(candidate.name)
+    lost = sum(bool(row.found) for row in updates.rows) if updates else 0
+    if updates is None or not lost:
+        return ""
+    return f", but {lost} of {times(len(updates.rows), 'parameter')} lose optimizer updates (see the advice)"
 
 
 def chosen(report: AuditReport) -> Candidate:
