@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from floatline.audit.command import OPTIMIZERS, AuditRequest, answer, parse_probes
-from floatline.audit.sources import RANDOM_BATCH, UNTRAINED, holds_weights, load_audit_source
+from floatline.audit.sources import RANDOM_BATCH, UNTRAINED, holds_weights, load_audit_source, small
 from floatline.errors import ConfigError, ModelError
 from floatline.plan.shape import Shape
+from floatline.plan.sources import load_source
 from floatline.precision import Policy
 
 MODELS = Path(__file__).parent / "audited_models.py"
@@ -131,6 +132,26 @@ def test_open_sizes_are_small_and_given_ones_are_kept(gpt2) -> None:
     assert load_audit_source(str(gpt2), Shape(seq=8, batch=3)).batch["input_ids"].shape == (3, 8)
     with pytest.raises(ConfigError, match="seq=65 is over the 64 positions"):
         load_audit_source(str(gpt2), Shape(seq=65))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("qwen3-0.6b", Shape(batch=2, seq=128)),
+        ("t5-small", Shape(batch=2, seq=128, target=64)),
+        ("whisper-tiny", Shape(batch=2, target=64, seconds=2.0)),
+        ("siglip-so400m", Shape(batch=2, seq=64, image=(384, 384))),  # it takes one size of image
+    ],
+)
+def test_a_batch_is_as_small_as_the_model_takes_it(name, shape) -> None:
+    assert small(load_source(name), Shape()).shape == shape
+
+
+def test_where_so_few_tokens_do_not_hold_an_image_the_tokens_stay_open() -> None:
+    found = small(load_source("smolvlm-256m"), Shape()).shape
+    assert found.batch == 2 and found.image == (224, 224) and found.seq > 128
+    found = small(load_source("wav2vec2-base"), Shape(batch=1)).shape
+    assert found.batch == 1 and found.seconds == 2.0
 
 
 def test_files_with_weights() -> None:

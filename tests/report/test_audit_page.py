@@ -46,7 +46,8 @@ def test_the_page_stands_alone(made) -> None:
 def test_it_says_the_answer_and_the_line_for_a_recipe() -> None:
     page = audit_html(audits.report())
     assert "precision: &#34;bf16-mixed; layers.*.norm=32; count=32&#34;" in page
-    assert "✓</span> safe" in page and "Cost against error, bf16-mixed" in page
+    assert "!</span> safe, but updates are lost" in page and "Cost against error, bf16-mixed" in page
+    assert "✓</span> safe" in audit_html(audits.report(updates={}))
     assert "✗</span> stay in fp32" in audit_html(audits.hopeless())
 
 

@@ -77,7 +77,7 @@ def load_audit_source(text: str, shape: Shape | None = None, *, task: str | None
     source = load_source(text, asked, task=task)
     if source.kind == "module":
         return _of_function(source)
-    source = _small(source, asked)
+    source = small(source, asked)
     _refuse_too_large(source)
     model, notes = _with_weights(find_config(text), source, task)
     sizes = f"audited on {source.shape}"
@@ -101,16 +101,21 @@ def _of_function(source: Source) -> AuditSource:
     )
 
 
-def _small(source: Source, asked: Shape) -> Source:
-    """Return the source with open sizes no larger than `SMALL`, where the model takes them so small."""
+def small(source: Source, asked: Shape) -> Source:
+    """Return the source with open sizes no larger than `SMALL`, where the model takes them so small.
+
+    Args:
+        source: As loaded for `asked`.
+        asked: Sizes that the user gave, which stay.
+    """
     wanted = {field.name: getattr(SMALL, field.name) for field in fields(Shape)
               if getattr(asked, field.name) is None and _is_larger(source.shape, field.name)}  # fmt: skip
     if source.shape.batch == 1 and asked.batch is None:
         wanted["batch"] = SMALL.batch
-    for sizes in (wanted, {key: value for key, value in wanted.items() if key == "batch"}):
+    for dropped in (set[str](), {"seq"}, {"seq", "target", "image", "seconds"}):
         try:
-            return source.reshaped(replace(asked, **sizes))
-        except ConfigError:  # an image that does not fit into so few tokens, a clip of a fixed length
+            return source.reshaped(replace(asked, **{k: v for k, v in wanted.items() if k not in dropped}))
+        except ConfigError:  # an image or labels that do not fit into so few tokens, a clip of a fixed length
             continue
     return source
 

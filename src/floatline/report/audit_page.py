@@ -17,6 +17,7 @@ from floatline.report.audit_sections import (
     error_text,
     headline,
     lists,
+    lost_updates,
     ratio_text,
     recipe_line,
     sections,
@@ -44,7 +45,7 @@ def audit_html(report: AuditReport) -> str:
     return render_template(
         "audit.html",
         title=f"{report.model} on {report.hardware}",
-        verdict=("good", "✓", "safe") if report.safe else ("bad", "✗", "stay in fp32"),
+        verdict=_verdict(report),
         sentences=[headline(report), report.verdict],
         about=[about(report), cost(report)],
         tiles=_tiles(report),
@@ -57,6 +58,13 @@ def audit_html(report: AuditReport) -> str:
         lists=lists(report),
         tones=TONES,
     )
+
+
+def _verdict(report: AuditReport) -> tuple[str, str, str]:
+    if not report.safe:
+        return "bad", "✗", "stay in fp32"
+    lost, _ = lost_updates(report, chosen(report))
+    return ("warn", "!", "safe, but updates are lost") if lost else ("good", "✓", "safe")
 
 
 def write_audit(report: AuditReport, path: str | Path) -> Path:
@@ -94,5 +102,9 @@ def _tiles(report: AuditReport) -> list[Tile]:
         noise = chosen(report).noise_of_policy
         told.append(Tile(name="sure", value=percent_text(noise.confidence if noise else None),
                          small="by stochastic rounding and over the batches"))  # fmt: skip
+    if report.safe and report.updates:
+        lost, looked_at = lost_updates(report, chosen(report))
+        told.append(Tile(name="updates lost", value=str(lost), small=f"of {times(looked_at, 'parameter')}",
+                         tone="bad" if lost else "good"))  # fmt: skip
     told.append(Tile(name="audit", value=seconds_text(report.seconds), small=f"{report.forward_passes} forward passes"))
     return told

@@ -71,12 +71,15 @@ def headline(report: AuditReport) -> str:
 
 
 def _but(report: AuditReport, candidate: Candidate) -> str:
-    """Say what a precise step does not help against: updates that the weights' format loses."""
+    """Say what a precise step does not help against."""
+    lost, looked_at = lost_updates(report, candidate)
+    return f", but {lost} of {times(looked_at, 'parameter')} lose optimizer updates (see the advice)" if lost else ""
+
+
+def lost_updates(report: AuditReport, candidate: Candidate) -> tuple[int, int]:
+    """Return how many parameters lose updates in a candidate's weights, and how many were looked at."""
     updates = report.updates.get(candidate.name)
-    lost = sum(bool(row.found) for row in updates.rows) if updates else 0
-    if updates is None or not lost:
-        return ""
-    return f", but {lost} of {times(len(updates.rows), 'parameter')} lose optimizer updates (see the advice)"
+    return (sum(bool(row.found) for row in updates.rows), len(updates.rows)) if updates else (0, 0)
 
 
 def chosen(report: AuditReport) -> Candidate:
