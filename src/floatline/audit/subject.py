@@ -304,10 +304,8 @@ class Subject:
                 value = self._value(self.model, self.batches[batch])
             if self.backward:
                 self._backward(value, scale, meter)
-        gradients = {}
-        for name, parameter in self.taking():
-            if parameter.grad is not None:
-                gradients[name] = sampled(parameter.grad).double() / scale
+        with _disable_current_modes():  # looking is no part of the step
+            gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
         return value, gradients
 
     def _backward(self, value: torch.Tensor, scale: float, meter: ErrorMeter | None) -> None:

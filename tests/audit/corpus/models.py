@@ -19,7 +19,7 @@ def bert():
 
     return tf.BertForSequenceClassification(
         tf.BertConfig(vocab_size=96, max_position_embeddings=32, attn_implementation="eager", **COMMON)
-    )
+    ).eval()
 
 
 def t5():
@@ -27,13 +27,13 @@ def t5():
 
     config = tf.T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.1,
                          decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
-    return tf.T5ForConditionalGeneration(config)
+    return tf.T5ForConditionalGeneration(config).eval()
 
 
 def vit():
     import transformers as tf
 
-    return tf.ViTForImageClassification(tf.ViTConfig(image_size=16, patch_size=4, num_labels=5, **COMMON))
+    return tf.ViTForImageClassification(tf.ViTConfig(image_size=16, patch_size=4, num_labels=5, **COMMON)).eval()
 
 
 def mixtral():

@@ -93,7 +93,7 @@ def determinant_of_nearly_parallel_rows(faulty):
     return Program(Net(), regression()[0])
 
 
-@fault("bf16", "true", "rounding", "encode")
+@fault("bf16", "true", "rounding", "encode", curable=False)
 def fourier_features_of_high_frequency(faulty):
     class Encode(nn.Module):
         """Positional encoding of a radiance field: sin(2^k x)."""
@@ -226,7 +226,7 @@ def gated_recurrent_unit_reads_a_long_sequence():
         def forward(self, x):
             return self.head(self.gru(x)[0].mean(1))
 
-    return Program(Reader(), (torch.randn(4, 60, 4), torch.randn(4, 1)), squares)
+    return Program(Reader(), (torch.randn(4, 20, 4), torch.randn(4, 1)), squares)
 
 
 @healthy
