@@ -27,6 +27,7 @@ from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe
+from floatline.audit.progress import Progress, ToldPasses
 from floatline.audit.report import AuditReport, Candidate
 from floatline.audit.rows import module_rows, rows_of
 from floatline.audit.subject import Exact, Loss, Subject
@@ -59,6 +60,7 @@ def audit(
     most_trials: int | None = None,
     fp8: bool = False,
     seed: int = 0,
+    progress: Progress = lambda what, done: None,
 ) -> AuditReport:
     """Audit a model's precision.
 
@@ -79,6 +81,7 @@ def audit(
         most_trials: Joint evaluations at most; None for as many as the search takes.
         fp8: Also say which linear layers could multiply in fp8.
         seed: Of what the model draws.
+        progress: Called before each forward pass with what it is for and how many were run.
 
     Returns:
         The report.
@@ -101,6 +104,7 @@ def audit(
     if not batches:
         raise ConfigError("batch is an empty list", hint="give at least one batch")
     subject = Subject(model, batches, loss, target, backward, seed)
+    subject.passes = ToldPasses(progress=progress)
     _look_for_randomness(subject)
     exacts = [subject.exact(place)[0] for place in range(len(batches))]
     if not math.isfinite(exacts[0].gradient_fp32):
@@ -198,7 +202,8 @@ def _candidate(
     updates: UpdateReport | None,
     repeats: int,
 ) -> Candidate:
-    legal = format_verdict(target, low.name)
+    runs = format_verdict(target, low.name)
+    refused = target.kind == "cuda" and not runs  # a CPU emulates what it lacks
     base = noise_of(subject, exacts, Policy.parse(low.base), low.all_lowered, allowed, repeats)
     own = None if low.policy is None else base
     if low.policy not in (None, low.base) and low.effect is not None:
@@ -217,7 +222,7 @@ def _candidate(
         front=low.front(),
         reason=low.reason,
         advice=advice_of(low, updates),
-        illegal="" if legal else legal.reason,
+        illegal=runs.reason if refused else "",
     )
 
 
