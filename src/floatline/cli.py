@@ -18,6 +18,7 @@ from floatline.errors import ConfigError, FloatlineError
 if TYPE_CHECKING:
     from floatline.plan.command import PlanReport, PlanRequest
     from floatline.plan.side_by_side import Comparison
+    from floatline.train.replay import Replayed
     from floatline.train.run import RunResult
 
 app = typer.Typer(
@@ -243,17 +244,43 @@ def diagnose(
 ) -> None:
     """Find the first bad op of updates that were not finite, name the cause, try the cure.
 
-    Each kept update is run again, on its own weights, batch and random numbers. Exit code 1 where a fault is found.
+    Each kept update is run again, on its own weights, batch and random numbers. Exit code 1 where a fault is found, 0
+    where none is, 2 where something could not be read.
     """
-    from floatline.train.replay import replay_findings
+    from floatline.train.replay import find_bundles, replay_findings
 
-    found = replay_findings(path, recipe)
-    if as_json:
-        _print_json([replayed.as_dict() for replayed in found])
-    else:
-        print("\n\n".join(f"{replayed.path}\n{replayed.replay}" for replayed in found))
-    if any(replayed.replay.finding is not None for replayed in found):
-        raise typer.Exit(1)
+    note = find_bundles(path).note
+    if note:
+        print(note, file=sys.stderr)
+    found: list[Replayed] = []
+    try:
+        for replayed in replay_findings(path, recipe):
+            found.append(replayed)
+            _tell(replayed, as_json, gap=len(found) > 1)
+    finally:  # what ends the third replay must not cost the answer of the first two
+        if as_json and found:
+            _print_json([replayed.as_dict() for replayed in found])
+    if as_json and not found:
+        _print_json([])
+    for replayed in found:
+        _write(replayed)
+    codes = {replayed.exit_code for replayed in found}
+    raise typer.Exit(1 if 1 in codes else max(codes, default=0))
+
+
+def _tell(replayed: Replayed, as_json: bool, gap: bool) -> None:
+    if replayed.error is not None:
+        print(f"error: {replayed.error.message}\nhint: {replayed.error.hint}", file=sys.stderr)
+    elif not as_json:
+        print(f"\n{replayed}" if gap else replayed, flush=True)
+
+
+def _write(replayed: Replayed) -> None:
+    """Keep a finding beside its bundle; a disk that cannot be written must not cost the answer, which is told."""
+    try:
+        replayed.write()
+    except FloatlineError as error:
+        print(f"warning: the finding is not kept: {error.message}", file=sys.stderr)
 
 
 @app.command()

@@ -83,4 +83,4 @@ def doctor_text(facts: dict[str, Any]) -> str:
 
 
 def _line(name: str, ok: bool, reason: str) -> str:
-    return f"  {'yes' if ok else 'no ':3}  {name:13}{'  ' + reason if reason else ''}"
+    return f"  {'yes' if ok else 'no ':3}  {name:23}{'  ' + reason if reason else ''}"

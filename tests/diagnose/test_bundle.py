@@ -1,5 +1,6 @@
 """Bundles: a condemned step goes into a file and comes out as it was; from what is no bundle nothing runs."""
 
+import json
 import os
 import pickle
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import floatline as fl
-from floatline.diagnose.bundle import FILE, bundle_of, load_bundle, put_into, save_bundle
+from floatline.diagnose.bundle import FILE, MANIFEST, bundle_of, load_bundle, put_into, save_bundle
 from floatline.diagnose.replay import replay
 from floatline.errors import BundleError
 
@@ -38,6 +39,12 @@ def failed(step, **settings):
         step(batch(0, number))
     step([batch(0, 8), batch(50, 9)])
     return kept[0]
+
+
+BATCH = 8 * 3 * 4 + 4  # x and shift
+BUFFERS = 8 * 4 * 2 + 8  # of the batch norm
+WEIGHTS = 4 * (3 * 8 + 8 + 2 * 8 + 8 + 1)
+PLENTY = 2 * BATCH + BUFFERS + 2 * torch.get_rng_state().numel()  # for all but the weights
 
 
 def test_there_and_back(tmp_path):
@@ -85,7 +92,7 @@ def test_what_does_not_fail_any_more_says_why(tmp_path):
     mended.loss = lambda m, b: m(b["x"]).float().square().mean()
     found = replay(bundle, mended)
     assert found.outcome == "not reproduced" and "look at the hardware" in found.note
-    small = failed(step_of(), cap=10, checkpoint="checkpoints/step-00000002")
+    small = failed(step_of(), cap=PLENTY, checkpoint="checkpoints/step-00000002")
     assert small.weights is None and small.checkpoint
     assert "the weights are those of a checkpoint" in replay(small, mended).note
 
@@ -128,6 +135,41 @@ def _harmless():
 def test_another_model_is_refused():
     with pytest.raises(BundleError, match=r"of another model: 0.weight of shape \(8, 3\) is not in this one"):
         put_into(failed(step_of()), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("cap", "without"), [
+    (2**20, []),
+    (PLENTY + WEIGHTS, []),
+    (PLENTY + WEIGHTS - 1, ["the weights"]),
+    (PLENTY, ["the weights"]),
+    (PLENTY - 1, ["the buffers", "the weights"]),
+    (PLENTY - BUFFERS - 1, ["micro-batch 0"]),  # micro-batch 1 is at fault; what is smaller fits then
+    (10, ["micro-batch 1", "micro-batch 0", "the buffers", "the weights"]),
+])  # fmt: skip
+def test_everything_counts_and_what_does_not_fit_is_told(tmp_path, cap, without):
+    path = save_bundle(failed(step_of(), cap=cap), tmp_path)
+    bundle, manifest = load_bundle(path), json.loads((path / MANIFEST).read_text())
+    assert [each.partition(" (")[0] for each in bundle.left_out] == without
+    assert manifest["left_out"] == list(bundle.left_out) and all("MiB were left)" in each for each in bundle.left_out)
+    assert manifest["holds"]["weights"] is ("the weights" not in without) is (bundle.weights is not None)
+    assert manifest["holds"]["buffers"] == len(bundle.buffers) == (0 if "the buffers" in without else 3)
+    assert manifest["holds"]["micro_batches"] == [p for p in (0, 1) if f"micro-batch {p}" not in without]
+    assert (path / FILE).stat().st_size < cap + 20_000  # names and the like come on top
+
+
+def test_a_bundle_without_a_part_of_the_batch_says_so():
+    found = replay(failed(step_of(), cap=PLENTY - BUFFERS - 1), step_of())
+    assert found.outcome == "reproduced" and found.note.startswith("the bundle is without micro-batch 0 (")
+    found = replay(failed(step_of(), cap=10), step_of())
+    assert found.outcome == "not run" and found.finding is None and "micro-batch 1 (0.0 MiB" in found.note
+
+
+def test_a_view_of_something_large_is_kept_without_it(tmp_path):
+    step, kept = step_of(), []
+    step.sentinel.on_fault = lambda skip, judged: kept.append(bundle_of(step, skip, judged, cap=2**20))
+    step(batch(50) | {"x": torch.randn(10**6, 3)[:8]})
+    path = save_bundle(kept[0], tmp_path)
+    assert not kept[0].left_out and (path / FILE).stat().st_size < 2**16
 
 
 class Evil:

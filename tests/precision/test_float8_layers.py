@@ -6,8 +6,8 @@ from torch import nn
 
 from floatline.errors import PrecisionError
 from floatline.precision import Policy
-from floatline.precision.apply import match_rules
 from floatline.precision.float8_layers import choose_linears, odd_dims, too_small
+from floatline.precision.rules import match_rules
 
 BIG, WIDE = 4112, 1040  # BIG inputs, or WIDE outputs, make a layer large enough for fp8 with one scale a tensor
 
@@ -90,7 +90,9 @@ def test_a_rule_keeps_high_and_the_nearest_one_counts(number_format):
 
 
 def test_forcing_odd_dims_is_an_error():
-    with pytest.raises(PrecisionError, match=r"odd=fp8 takes in odd, which has 4113 inputs and.*16\nhint: add odd=bf16"):
+    with pytest.raises(
+        PrecisionError, match=r"odd=fp8 takes in odd, which has 4113 inputs and.*16\nhint: add odd=bf16"
+    ):
         choice_of("fp8-mixed; odd=fp8")
 
 
@@ -100,7 +102,7 @@ def test_what_cannot_be_converted_stays_although_forced(name):
 
 
 def test_a_rule_without_linear_layers_is_an_error():
-    with pytest.raises(PrecisionError, match="rule embed=fp8 names a module without linear layers"):
+    with pytest.raises(PrecisionError, match=r"rule embed=fp8 names a module without nn\.Linear layers"):
         choice_of("fp8-mixed; embed=fp8")
 
 
@@ -129,6 +131,12 @@ def test_limits_of_size_are_torchaos(scaling, inputs, outputs):
 
     takes = _auto_filter_for_recipe(scaling, [])(nn.Linear(inputs, outputs, device="meta"), "layer")
     assert bool(too_small(scaling, inputs, outputs)) is not takes
+
+
+def test_conv1d_is_told_as_not_convertible(zoo):
+    choice = choice_of("fp8-mixed", zoo["gpt2"].build())
+    assert choice.kept["transformer.h.0.attn.c_attn"].startswith("not convertible: a Conv1D of transformers")
+    assert not choice.chosen and "not convertible" in str(choice)
 
 
 def test_odd_dims_names_what_is_odd():

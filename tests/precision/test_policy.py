@@ -8,7 +8,7 @@ from torch import nn
 from floatline.errors import PrecisionError
 from floatline.hardware import CATALOG, Hardware, lookup
 from floatline.precision import BASES, Policy, Rule, choose, resolve
-from floatline.precision.apply import match_rules
+from floatline.precision.rules import match_rules
 from floatline.select import matches, near_names, select_modules
 
 component = st.one_of(st.just("*"), st.just("**"), st.text("abcxyz_0123", min_size=1, max_size=6))
@@ -156,14 +156,17 @@ def test_auto_never_chooses_fp8():
     assert {choose(gpu).policy.base.compute for gpu in CATALOG.values()} == {"bf16", "fp16"}
 
 
-@pytest.mark.parametrize("text", ["fp8-mixed; lm_head=fp8; a.*=32; b=bf16", "fp8-rowwise-mixed", "fp8-rowwise-gw-hp-mixed"])
+@pytest.mark.parametrize(
+    "text", ["fp8-mixed; lm_head=fp8; a.*=32; b=bf16", "fp8-rowwise-mixed", "fp8-rowwise-gw-hp-mixed"]
+)
 def test_fp8_policies_print_as_what_parses_them(text):
     assert str(Policy.parse(text)) == text
 
 
 def test_fp8_rules_need_an_fp8_policy():
-    with pytest.raises(PrecisionError, match=r"rule a=fp8 under bf16-mixed: fp8 layers need an fp8 policy\nhint: .*fp8-mixed"):
+    with pytest.raises(
+        PrecisionError, match=r"rule a=fp8 under bf16-mixed: fp8 layers need an fp8 policy\nhint: .*fp8-mixed"
+    ):
         Policy.parse("bf16-mixed; a=fp8")
     with pytest.raises(PrecisionError, match=r"rule a=16 under fp8-mixed: fp16 gradients need loss scaling"):
         Policy.parse("fp8-mixed; a=16")
-

@@ -89,6 +89,16 @@ def test_a_resumed_run_counts_each_update_once(make_run: MakeRun) -> None:
     assert max(item.step for item in run.evals) < 101
 
 
+def test_what_a_rollback_took_back_counts_once(make_run: MakeRun) -> None:
+    chance = random.Random(5)
+    first = [*(step_line(step, 20, chance) for step in range(1, 8)), eval_line(4, 20), eval_line(6, 20)]
+    fault = {**fault_line(8), "action": "rollback", "to": 4}
+    again = [*(step_line(step, 20, chance) for step in range(5, 9)), eval_line(6, 20)]
+    run = load_run(make_run(records=[*first, fault, *again]))
+    assert [step.step for step in run.steps] == list(range(1, 9))
+    assert [item.step for item in run.evals] == [4, 6] and [item.step for item in run.faults] == [8]
+
+
 def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="nowhere does not exist") as caught:
         load_run(tmp_path / "nowhere")

@@ -11,6 +11,8 @@ from torch import nn
 import floatline as fl
 from floatline.errors import ConfigError, NonFiniteError
 from floatline.step import What
+from floatline.step.readback import Readback
+from floatline.step.sentinel import Judged, Sentinel
 from floatline.techniques.optim_steps.select_step import can_select, step_by_select
 
 NAN, INF = float("nan"), float("inf")
@@ -267,3 +269,30 @@ def test_stop_leaves_the_weights_alone_also_where_one_micro_batch_alone_is_bad(b
     with pytest.raises(NonFiniteError, match="stopped at the first fault: the loss was nan at update 2"):
         step(batches)
     assert same(before, step) and all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize(("scale", "what"), [(1.0, What.GRADIENT), (2.0, What.OVERFLOW), (2.0**-8, What.GRADIENT)])
+def test_a_scale_that_is_read_from_the_device_tells_fault_and_routine_apart(scale, what):
+    """As on CUDA, where the scale is the last of the numbers that are read a step later; it is not judged itself."""
+    sentinel = Sentinel(fl.Guard(), loss_scaling=True)
+    reading = Readback.of([torch.tensor(number) for number in (0.5, NAN, scale)])
+    judged = Judged(1, reading, scale_read=True)
+    assert sentinel.record(judged).what is what and judged.scale == scale
+    fine = Readback.of([torch.tensor(number) for number in (0.5, 0.5, float("inf"))])
+    assert sentinel.record(Judged(2, fine, scale_read=True)) is None
+
+
+@pytest.mark.parametrize("guard", [{"on_fault": "stop"}, {"max_faults_in_a_row": 1}, {"max_faults": 1}])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_said_of_the_weights_at_a_stop_is_true(monkeypatch, guard, late):
+    """As on CUDA: the update behind the fault is made before the verdict is read. Where it is read at once, none is."""
+    monkeypatch.setattr(Readback, "waits", property(lambda reading: True))
+    step, good = make(check="after-backward", **guard), torch.ones(2, 3)
+    step(good)
+    before = step.model.weight.detach().clone()
+    step(good * NAN)
+    with pytest.raises(NonFiniteError) as stopped:
+        step(good) if late else step.read_verdict()
+    assert torch.equal(step.model.weight, before) is not late
+    assert "the weights are as before it" in stopped.value.hint or guard == {"max_faults_in_a_row": 1}
+    assert ("or one good update on" in stopped.value.hint) is late

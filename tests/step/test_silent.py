@@ -139,6 +139,7 @@ def test_headroom_in_bits_before_the_first_inf():
     for _ in range(5):
         step(torch.randn(16, 8))
     assert step.silent.headroom["0"] == pytest.approx(0.71, abs=0.01)  # log2(65504 / 40000)
+    assert step.silent.looks == len(step.silent.measured) > 0 and step.silent.measured[-1][1] == step.silent.headroom
     alarm = next(a for a in step.sentinel.alarms if a.name == "little headroom")
     assert "the output of 0 is 0.7 bits below overflow" in alarm.text and "0=32" in alarm.remedy
 

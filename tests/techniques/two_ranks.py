@@ -113,6 +113,7 @@ NEAR = {
     "gpt2 bf16 in fp32": lambda r, n: train(r, n, "gpt2", "bf16-mixed", ('sharding(gather="fp32")',)),
     "untied bf16-mixed": lambda r, n: train(r, n, "untied", "bf16-mixed"),
     "qwen3_vl bf16-mixed": lambda r, n: train(r, n, "qwen3_vl", "bf16-mixed"),
+    "qwen3_vl fp8": lambda r, n: train(r, n, "qwen3_vl", "fp8-mixed; model.language_model.layers=fp8"),
     "gpt2 island": lambda r, n: train(r, n, "gpt2", "bf16-mixed; lm_head=32; transformer.h.0.attn=32"),
     "qwen3_vl island": lambda r, n: train(r, n, "qwen3_vl", "bf16-mixed; model.visual=32; lm_head=32"),
     "gpt2 bf16-true": lambda r, n: train(r, n, "gpt2", "bf16-true"),

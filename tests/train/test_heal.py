@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
-from floatline.errors import NonFiniteError
+from floatline.errors import ConfigError, NonFiniteError
 from floatline.report import load_run, render_text, write_html
+from floatline.step import TrainStep
 from floatline.train import load_recipe, train
 
 FC1 = "model.visual.blocks.0.mlp.linear_fc1"
@@ -42,9 +43,9 @@ def run(recipe_file, tmp_path):
     return start
 
 
-def records(path, kind):
+def records(path, *kinds):
     lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
+    return [record for record in lines if record["kind"] in kinds]
 
 
 def last_loss(path):
@@ -131,3 +132,80 @@ def _saved(path, value):
     path.parent.mkdir(parents=True)
     torch.save(value, path)
     return path.parent
+
+
+@pytest.fixture
+def steep(monkeypatch):
+    """Makes the loss ten million times as large, as one that is a sum over pixels may be; fp16 gradients overflow."""
+    real = TrainStep.__init__
+
+    def made(step, *args, **kwargs):
+        real(step, *args, **kwargs)
+        inner = step.loss
+        step.loss = lambda model, batch: inner(model, batch) * 1e7
+
+    monkeypatch.setattr(TrainStep, "__init__", made)
+
+
+SCALED = ["precision=16-mixed", "guard.on_fault=heal", "train.steps=6", "train.checkpoint_every=2",
+          "train.loss_scale=4", "eval.generate=false"]  # fmt: skip
+
+
+def test_a_loss_scale_that_still_overflows_at_1_is_lowered_and_stays_low(run, steep, tmp_path, capsys, monkeypatch):
+    assert run("healed", *SCALED).status == "finished"
+    home = tmp_path / "healed"
+    faults = [(fault["step"], fault["what"], fault["action"]) for fault in records(home, "fault")]
+    assert faults[:3] == [(1, "overflow", "skip"), (2, "overflow", "skip"), (3, "gradient", "rollback")]  # 4, 2, 1
+    (cure,) = records(home, "cure")
+    scale = 2.0**-8
+    assert (cure["what"], cure["key"], cure["value"]) == ("scale", "train.loss_scale", str(scale))
+    assert (
+        "in the backward of" in cure["reason"]
+        and f"at a loss scale of {scale:g} the replay was finite" in (cure["reason"])
+    )
+    steps = load_run(home).steps
+    course = [(1, False, 2.0), (2, False, 1.0), *((n, True, scale) for n in range(3, 7))]
+    assert [(step.step, step.applied, step.loss_scale) for step in steps] == course
+    text = (home / "recipe.yaml").read_text()
+    assert yaml.safe_load(text)["train"]["loss_scale"] == scale and "the replay was finite" in text
+    assert f"healed at update 3: train.loss_scale = {scale}" in capsys.readouterr().err
+
+    real, calls = TrainStep.__call__, []
+
+    def killed(step, batch):
+        calls.append(batch)
+        if len(calls) == 7:  # in update 6, for update 3 was made again: behind the checkpoint of update 4
+            raise KeyboardInterrupt
+        return real(step, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", killed)
+    assert run("killed", *SCALED).status == "interrupted"
+    assert run("killed", *SCALED).status == "finished" and len(calls) == 7 + 2
+    resumed = load_run(tmp_path / "killed").steps
+    assert [(step.step, step.applied, step.loss_scale) for step in resumed] == course
+    assert [step.grad_norm for step in resumed[2:]] == [step.grad_norm for step in steps[2:]]
+    again = train(load_recipe(home / "recipe.yaml", [f"run.dir={tmp_path / 'again'}"]))
+    assert again.status == "finished" and not records(tmp_path / "again", "fault", "cure")
+
+
+def test_an_overflow_that_a_lower_scale_mends_by_itself_is_no_fault(run, tmp_path):
+    run("plain", "precision=16-mixed", "guard.on_fault=heal", "train.steps=4", "train.loss_scale=1e9")
+    faults = records(tmp_path / "plain", "fault")
+    assert faults and {fault["what"] for fault in faults} == {"overflow"}
+    assert not records(tmp_path / "plain", "cure") and not (tmp_path / "plain/findings").exists()
+    assert yaml.safe_load((tmp_path / "plain/recipe.yaml").read_text())["train"]["loss_scale"] == 1e9
+
+
+def test_a_loss_scale_where_no_loss_is_scaled_is_refused(run):
+    with pytest.raises(ConfigError, match=r"train.loss_scale=4, but precision bf16-mixed scales no loss"):
+        run("run", "precision=bf16-mixed", "train.loss_scale=4")
+
+
+def test_headroom_is_logged_when_it_is_looked_at_and_reported(run, tmp_path):
+    run("run", "precision=16-mixed", "train.steps=4", "guard.sample_every=2", "eval.generate=false")
+    looks = records(tmp_path / "run", "headroom")
+    assert [look["step"] for look in looks] == [2, 4]
+    for look in looks:
+        bits = list(look["bits"].values())
+        assert len(bits) == 16 < look["modules"] and bits == sorted(bits) and 0 < bits[0] < 16
+    assert "Least headroom to overflow (2 steps sampled" in render_text([load_run(tmp_path / "run")])

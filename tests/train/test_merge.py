@@ -31,8 +31,12 @@ def logits(model):
 
 @pytest.mark.parametrize(
     "checkpoint",
-    [[], ["techniques.lora.train_also=[model.visual.merger, '**.input_layernorm']", "techniques.lora.rslora=true"]],
-    ids=["adapters", "train_also"],
+    [
+        [],
+        ["precision=fp8-mixed; model.language_model.layers=fp8"],
+        ["techniques.lora.train_also=[model.visual.merger, '**.input_layernorm']", "techniques.lora.rslora=true"],
+    ],
+    ids=["adapters", "fp8", "train_also"],
     indirect=True,
 )
 def test_merged_is_a_model_with_the_same_outputs(checkpoint, digits, tmp_path):

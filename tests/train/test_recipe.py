@@ -89,7 +89,8 @@ def test_every_open_choice_is_made_with_a_reason():
         for key, value in values.items()
         if value is None
     ]
-    assert set(gaps) == {"model.attention", "data.test", "data.max_pixels", "data.max_length", "train.epochs"}
+    meant = {"model.attention", "data.test", "data.max_pixels", "data.max_length", "train.epochs", "train.loss_scale"}
+    assert set(gaps) == meant
     assert all(choice.reason for choice in resolved.choices)
     assert resolved.recipe.train.steps == 25
     assert {"precision", "train.steps", "run.threads"} <= {choice.key for choice in resolved.choices}

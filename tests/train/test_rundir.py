@@ -50,6 +50,25 @@ def test_metrics_are_cut_back_to_a_checkpoint(tmp_path):
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("logged", "left"), [
+    (None, [1, 2]),  # of a run that did not keep it: by number
+    (0, [1, 2]),
+    ("there", [1, 3, 2]),
+    ("inside a line", [1, 2]),
+    ("gone", [1, 2]),
+])  # fmt: skip
+def test_what_was_logged_before_a_checkpoint_stays_whatever_its_number(tmp_path, logged, left):
+    """Update 3 was at fault and the run went back: that belongs to the checkpoint of update 2, which came after it."""
+    with RunDirectory(tmp_path) as run:
+        assert run.logged() == 0
+        run.log({"step": 1}), run.log({"kind": "fault", "step": 3}), run.log({"step": 2})
+        at = {"there": run.logged(), "inside a line": run.logged() - 1, "gone": 10**6}.get(logged, logged)
+        run.log({"step": 3})
+    with RunDirectory(tmp_path) as run:
+        run.cut_metrics(2, at)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == left
+
+
 def test_replaced_files_are_whole_and_old_ones_survive_a_failed_write(tmp_path, monkeypatch):
     with RunDirectory(tmp_path) as run:
         run.write_json("run.json", {"a": 1})

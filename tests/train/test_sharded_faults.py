@@ -27,7 +27,7 @@ def run(request, digits, tmp_path_factory):
         "model": {"path": str(digits / "model")},
         "data": {"train": str(digits / "data/train.jsonl"), "max_answer_tokens": 8},
         "precision": "32-true",
-        "train": {"steps": STEPS, "batch_size": 8, "lr": 1e-3},
+        "train": {"steps": STEPS, "batch_size": 8, "lr": 1e-3, "checkpoint_every": STEPS},
         "guard": {"on_fault": request.param, "snapshot_every": 3},
         "techniques": {"sharding": True},
         "run": {"threads": 1, "dir": str(home / "run")},

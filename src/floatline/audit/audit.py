@@ -192,7 +192,8 @@ def _candidate(
     updates: UpdateReport | None,
     repeats: int,
 ) -> Candidate:
-    legal = format_verdict(target, low.name)
+    runs = format_verdict(target, low.name)
+    refused = target.kind == "cuda" and not runs  # a CPU emulates what it lacks
     base = noise_of(subject, exacts, Policy.parse(low.base), low.all_lowered, allowed, repeats)
     own = None if low.policy is None else base
     if low.policy not in (None, low.base) and low.effect is not None:
@@ -211,7 +212,7 @@ def _candidate(
         front=low.front(),
         reason=low.reason,
         advice=advice_of(low, updates),
-        illegal="" if legal else legal.reason,
+        illegal=runs.reason if refused else "",
     )
 
 

@@ -223,13 +223,25 @@ class Subject:
             scale = SCALE if policy.base.loss_scaling else 1.0
         while True:
             self.passes.add(what)
-            with self._started(policy) as applied, around():
-                value, gradients = self._step(applied, batch, scale, None)
+            try:
+                with self._started(policy) as applied, around():
+                    value, gradients = self._step(applied, batch, scale, None)
+            except RuntimeError as error:
+                if not policy.rules:
+                    raise
+                return self._does_not_run(policy, error)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
             routine = policy.base.loss_scaling and scale > 1 and bool(torch.isfinite(value).all())
             if effect.finite or not routine:
                 return effect
             scale /= 16.0 if scale > 16 else scale
+
+    def _does_not_run(self, policy: Policy, error: RuntimeError) -> Effect:
+        """Return the effect of islands between which tensors meet in two formats: as wrong as can be."""
+        said = f"some islands do not run, and were not taken: {str(error).splitlines()[0]}"
+        if said not in self.notes:
+            self.notes.append(said)
+        return Effect(policy=str(policy), loss_error=float("inf"))
 
     def gradients(self, batch: int = 0) -> dict[str, torch.Tensor]:
         """Return the gradients in fp32, whole."""

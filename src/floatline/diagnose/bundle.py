@@ -2,11 +2,13 @@
 
     findings/update-00000051/
       bundle.pt      the micro-batches and the random state before each, policy and loss scale, buffers, weights
+      manifest.json  what is in it, what was left out and why, for people
       finding.json   what a diagnosis found, once there was one
 
 A bundle is written under a temporary name and renamed, so it is there whole or not at all. It is read with
-`weights_only=True`: tensors and plain values, no code. Weights that would make it larger than its cap are left out, and
-the newest checkpoint is named instead: the replay then runs on weights that are some updates older.
+`weights_only=True`: tensors and plain values, no code. What would make it larger than its cap is left out (room.py),
+the weights first; of these the newest checkpoint is named instead: the replay then runs on weights that are some
+updates older.
 
 Not covered: batches of anything but tensors and plain values (what else is in one is left out, by name), and shards.
 """
@@ -17,7 +19,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from floatline.diagnose.room import Room
 from floatline.errors import BundleError
 from floatline.files import write_whole
 from floatline.step.sentinel import Judged, Rerun
@@ -34,6 +37,7 @@ from floatline.step.verdict import Skip
 VERSION = 1
 FILE = "bundle.pt"
 FINDING = "finding.json"
+MANIFEST = "manifest.json"
 MOST_BYTES = 2**31
 _TENSORS = (torch.Tensor, nn.Parameter)
 
@@ -46,15 +50,15 @@ class Bundle:
         update: Its index.
         what: "loss", "gradient" or "buffer".
         reason: As a sentence.
-        reruns: Its micro-batches with their random states.
+        reruns: Its micro-batches with their random states; the batch is None where it did not fit.
         suspects: Indices of those whose loss was not finite; empty where that is not known.
         precision: The policy, as its string.
         loss_scale: Of that update, None without scaling.
         weights: By name; None where they were too large.
-        buffers: As before the forward.
+        buffers: As before the forward; empty where they did not fit.
         checkpoint: The newest checkpoint then, relative to the run directory; "" without one.
-        late: The weights are those after the next update: the verdict of a CUDA step is read one step later.
-        left_out: What of the batches could not be kept.
+        late: The next update had been run, and made if it was good: the verdict of a CUDA step is read one step later.
+        left_out: What could not be kept, each with its reason in brackets.
         versions: Of torch, python and the device.
     """
 
@@ -81,13 +85,14 @@ def bundle_of(step: TrainStep, skip: Skip, judged: Judged, *, checkpoint: str = 
         skip: The verdict.
         judged: What was judged.
         checkpoint: The newest checkpoint, to be named where weights are too large.
-        cap: Bytes of weights above which they are left out.
+        cap: Bytes that all of it may have.
     """
-    left_out: list[str] = []
-    reruns = tuple(Rerun(_plain(rerun.batch, f"micro-batch {place}", left_out), rerun.random)
-                   for place, rerun in enumerate(judged.reruns))  # fmt: skip
+    odd: list[str] = []
+    room = Room(cap)
+    reruns = _fitting_reruns(judged.reruns, skip.micro_batches, room, odd)
+    buffers = {name: tensor.detach() for name, tensor in step.model.named_buffers()}
     weights = {name: tensor.detach() for name, tensor in step.model.named_parameters()}
-    small = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) <= cap
+    buffers_fit, weights_fit = room.take("the buffers", buffers), room.take("the weights", weights)
     return Bundle(
         update=skip.step,
         what=skip.what.value,
@@ -96,13 +101,24 @@ def bundle_of(step: TrainStep, skip: Skip, judged: Judged, *, checkpoint: str = 
         suspects=skip.micro_batches,
         precision=str(step.policy),
         loss_scale=judged.scale,
-        weights={name: tensor.cpu() for name, tensor in weights.items()} if small else None,
-        buffers={name: tensor.detach().cpu() for name, tensor in step.model.named_buffers()},
+        weights={name: tensor.cpu() for name, tensor in weights.items()} if weights_fit else None,
+        buffers={name: tensor.cpu() for name, tensor in buffers.items()} if buffers_fit else {},
         checkpoint=checkpoint,
-        late=judged.reading.waits,
-        left_out=tuple(left_out),
+        late=judged.late,
+        left_out=(*odd, *room.left_out),
         versions={"torch": str(torch.__version__), "device": _device_name(step.device)},
     )
+
+
+def _fitting_reruns(reruns: Sequence[Rerun], at_fault: Sequence[int], room: Room, odd: list[str]) -> tuple[Rerun, ...]:
+    """Return micro-batches as plain values, those at fault first to find room."""
+    kept: dict[int, Rerun] = {}
+    for place in sorted(range(len(reruns)), key=lambda place: place not in at_fault):
+        name = f"micro-batch {place}"
+        batch = _plain(reruns[place].batch, name, odd)
+        fits = room.take(name, [batch, reruns[place].random])
+        kept[place] = Rerun(batch if fits else None, reruns[place].random)
+    return tuple(kept[place] for place in range(len(reruns)))
 
 
 def _device_name(device: torch.device) -> str:
@@ -112,9 +128,7 @@ def _device_name(device: torch.device) -> str:
 def _plain(value: Any, path: str, left_out: list[str]) -> Any:
     """Return a batch as tensors and plain values on the host; an enum or numpy's float is one."""
     if isinstance(value, torch.Tensor):
-        return (
-            value.detach().as_subclass(torch.Tensor).cpu() if type(value) in _TENSORS else _tell(value, path, left_out)
-        )
+        return _whole(value) if type(value) in _TENSORS else _tell(value, path, left_out)
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):
@@ -126,6 +140,12 @@ def _plain(value: Any, path: str, left_out: list[str]) -> Any:
         inner = [_plain(each, f"{path}[{i}]", left_out) for i, each in enumerate(value)]
         return inner if isinstance(value, list) else tuple(inner)
     return _tell(value, path, left_out)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the host without the rest of the storage that it may be a view of."""
+    plain = tensor.detach().as_subclass(torch.Tensor).cpu()
+    return plain.clone() if plain.untyped_storage().nbytes() > plain.numel() * plain.element_size() else plain
 
 
 def _key(key: Any) -> Any:
@@ -154,6 +174,7 @@ def save_bundle(bundle: Bundle, directory: Path) -> Path:
             torch.save(values, file)
             file.flush()
             os.fsync(file.fileno())
+        (temporary / MANIFEST).write_text(json.dumps(_manifest(bundle), indent=1, default=str) + "\n")
         shutil.rmtree(final, ignore_errors=True)  # of an update that was made again after a rollback
         temporary.rename(final)
     except (OSError, RuntimeError, TypeError, pickle.PicklingError) as error:
@@ -163,6 +184,15 @@ def save_bundle(bundle: Bundle, directory: Path) -> Path:
             hint="make room there; the run itself goes on",
         ) from error
     return final
+
+
+def _manifest(bundle: Bundle) -> dict[str, Any]:
+    """Return what a bundle holds and what it does not, as plain values."""
+    batches = [place for place, rerun in enumerate(bundle.reruns) if rerun.batch is not None]
+    large = ("reruns", "weights", "buffers")
+    plain = {key: value for key, value in vars(bundle).items() if key not in large}
+    holds = {"micro_batches": batches, "weights": bundle.weights is not None, "buffers": len(bundle.buffers)}
+    return {"version": VERSION, **plain, "versions": dict(bundle.versions), "holds": holds}
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -214,6 +244,12 @@ def put_into(bundle: Bundle, model: nn.Module) -> None:
     if other:
         raise BundleError(
             f"the bundle is of another model: {other[0]} of shape {tuple(saved[other[0]].shape)} is not in this one",
+            hint="build the model as the run did, adapters and techniques included",
+        )
+    lacking = [name for name, _ in model.named_parameters() if bundle.weights is not None and name not in saved]
+    if lacking:
+        raise BundleError(
+            f"the bundle is of another model: it has no {lacking[0]}, which this one has",
             hint="build the model as the run did, adapters and techniques included",
         )
     with torch.no_grad():

@@ -66,7 +66,9 @@ def try_cures(cause: Cause, origin: Origin, model: nn.Module, replay: Replay) ->
 
 def _tried(kind: str, remedy: _Remedy, replay: Replay) -> Counterfactual:
     def said(cured: bool | None, why: str) -> Counterfactual:
-        return Counterfactual(remedy=remedy.text, cured=cured, kind=kind, module=remedy.module, why=why)
+        return Counterfactual(
+            remedy=remedy.text, cured=cured, kind=kind, module=remedy.module, why=why, scale=remedy.scale
+        )
 
     try:
         left = replay(remedy.around, remedy.scale)

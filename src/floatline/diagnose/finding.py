@@ -43,8 +43,9 @@ class Counterfactual:
     Attributes:
         remedy: What was done, as a sentence.
         cured: Whether loss and gradients were finite then; None where it could not be tried.
-        kind: "island", "edge", "row", "attention", "sample", or "" where nothing was tried.
+        kind: "island", "wide", "edge", "row", "attention", "scale", "sample", or "" where nothing was tried.
         module: Of an island, the module.
+        scale: What the loss was multiplied with.
         why: Why it could not be tried, or what happened.
     """
 
@@ -53,6 +54,7 @@ class Counterfactual:
     kind: str = ""
     module: str = ""
     why: str = ""
+    scale: float = 1.0
 
     def __str__(self) -> str:
         if not self.kind:

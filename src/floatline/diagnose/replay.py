@@ -5,6 +5,7 @@ A replay that fails says so in one of three ways, and one that does not is hones
     reproduced       in eager mode, as the diagnosis runs it
     only compiled    the compiled step fails and the eager one does not: the compiler's doing
     not reproduced   neither fails: hardware, a race, the order of data, or weights that are not the same any more
+    not run          the bundle has none of the micro-batches that may be at fault
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class Replay:
 
     Attributes:
         update: Which update it was.
-        outcome: "reproduced", "only compiled" or "not reproduced".
+        outcome: "reproduced", "only compiled", "not reproduced" or "not run".
         finding: The first bad op, where it was reproduced.
         micro_batch: In which micro-batch.
-        note: What the outcome means.
+        note: What the outcome means, and what the bundle had no room for.
     """
 
     update: int
@@ -41,6 +42,11 @@ class Replay:
     finding: Finding | None = None
     micro_batch: int | None = None
     note: str = ""
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether something is wrong with the step."""
+        return self.outcome in ("reproduced", "only compiled")
 
     def __str__(self) -> str:
         lines = [f"update {self.update}: {self.outcome}" + (f"; {self.note}" if self.note else "")]
@@ -62,11 +68,15 @@ def replay(bundle: Bundle, step: TrainStep) -> Replay:
         bundle: The condemned step.
         step: A step of the same model, precision and techniques.
     """
-    suspects = bundle.suspects or tuple(range(len(bundle.reruns)))
+    suspects = [p for p in bundle.suspects or range(len(bundle.reruns)) if bundle.reruns[p].batch is not None]
+    if not suspects:
+        return Replay(update=bundle.update, outcome="not run", note=f"there is no batch to run; {_missing(bundle)}")
     for place in suspects:
         finding = diagnose_rerun(step, bundle.reruns[place])
         if finding is not None:
-            return Replay(update=bundle.update, outcome="reproduced", finding=finding, micro_batch=place)
+            return Replay(
+                update=bundle.update, outcome="reproduced", finding=finding, micro_batch=place, note=_missing(bundle)
+            )
     if step.stack.find("compile") is not None:
         for place in suspects:
             if _fails(step, bundle.reruns[place]):
@@ -91,13 +101,22 @@ def _fails(step: TrainStep, rerun: Rerun) -> bool:
         return any(p.grad is not None and is_bad(p.grad) for p in step.model.parameters())
 
 
+def _missing(bundle: Bundle) -> str:
+    """Return what a bundle is without and what was taken instead, "" where it is whole."""
+    if not bundle.left_out:
+        return ""
+    taken = f"; weights and buffers are those of {bundle.checkpoint or 'the start of the run'}"
+    return f"the bundle is without {', '.join(bundle.left_out)}" + (taken if bundle.weights is None else "")
+
+
 def _why_not(bundle: Bundle) -> str:
-    if bundle.left_out:
+    if any(each.startswith("micro-batch") for each in bundle.left_out):
         return f"the batch is not whole: {', '.join(bundle.left_out)} could not be kept"
     if bundle.weights is None:
-        return "the weights are those of a checkpoint, not of that update, for the bundle had no room for them"
+        where = f"a checkpoint ({bundle.checkpoint})" if bundle.checkpoint else "the start of the run"
+        return f"the weights are those of {where}, not of that update; {_missing(bundle)}"
     if bundle.late:
-        return "the weights are those after the next update, for the verdict of a CUDA step is read a step later"
+        return "the weights may be those after the next update, for the verdict of a CUDA step is read a step later"
     if bundle.versions.get("torch") != str(torch.__version__):
         return f"it ran under torch {bundle.versions.get('torch')}, this is {torch.__version__}"
     return "the same numbers are finite now: look at the hardware (run it again on another GPU) or for a race"

@@ -1,8 +1,8 @@
 """Put a policy on a model, and take it off again.
 
 Four things can happen to the model: its weights are cast (`-true`), modules named by rules become islands, the forward
-of the whole model casts its floating inputs (`-true`), and linear layers multiply in fp8 (float8.py). Autocast is not on the model but around the step, so it
-is handed out as a context (`AppliedPrecision.autocast`).
+of the whole model casts its floating inputs (`-true`), and linear layers multiply in fp8 (float8.py). Autocast is not
+on the model but around the step, so it is handed out as a context (`AppliedPrecision.autocast`).
 
 Under `-true` floating buffers are cast like weights, with two exceptions: batch-norm keeps its weights and statistics
 in fp32 (running averages with momentum 0.1 stall in 8 bits), and rotary `inv_freq` tables stay fp32 (positions past
@@ -26,7 +26,7 @@ from floatline.precision.float8 import Float8Layer, convert
 from floatline.precision.float8_layers import choose_linears, rule_over
 from floatline.precision.islands import DTYPES, cast_inputs, make_island
 from floatline.precision.policy import RULE_FORMATS, Policy
-from floatline.select import near_names, select_modules
+from floatline.precision.rules import match_rules
 
 TARGET_NAMES = frozenset({"labels", "label", "target", "targets"})
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -139,37 +139,6 @@ def extend_precision(applied: AppliedPrecision, model: nn.Module, rule: str) -> 
     _patch_forwards(applied, model, fresh)
     applied.policy = longer
     return longer
-
-
-def match_rules(model: nn.Module, policy: Policy) -> dict[str, str]:
-    """Return dotted module name -> format for the policy's rules.
-
-    Raises:
-        PrecisionError: A rule that matches no module or a mere container, or one module matched by rules with
-            different formats.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    for rule in policy.rules:
-        names = select_modules(model, rule.pattern)
-        if not names:
-            near = near_names(model, rule.pattern)
-            raise PrecisionError(
-                f"precision rule {rule} matches no module of {type(model).__name__}",
-                hint="near names: " + ", ".join(near) if near else "names are dotted paths from the model's root",
-            )
-        for name, module in names.items():
-            if type(module).forward is nn.Module.forward and rule.format != "fp8":  # which is for the linears inside
-                raise PrecisionError(
-                    f"precision rule {rule} matches {name}, a {type(module).__name__} that is never called itself",
-                    hint=f"name what is in it: {name}.*={rule.format}",
-                )
-            first_pattern, first_format = found.setdefault(name, (rule.pattern, rule.format))
-            if first_format != rule.format:
-                raise PrecisionError(
-                    f"precision rules contradict each other on {name}: {first_pattern}={first_format} and {rule}",
-                    hint="narrow one of the patterns so that each module matches one rule",
-                )
-    return {name: number_format for name, (_, number_format) in found.items()}
 
 
 def _refuse_half_weights(model: nn.Module, policy: Policy, targets: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 `auto` follows what the hardware multiplies natively: bf16 where there are bf16 units (compute capability 8.0, CPUs with
 bf16 instructions), else fp16 with loss scaling on GPUs, else fp32. Emulated bf16 (T4, V100, P100) is never
 chosen: it runs, slower than fp32. Nor is fp8 ever chosen: it is quicker for large layers only, and what it costs in
-accuracy depends on the model; measure it (`floatline audit`) and ask for it by name.
+accuracy depends on the model; measure it (`floatline.audit.fp8`) and ask for it by name.
 
 Asked for, fp8 runs wherever bf16 does. Where there are no fp8 units (CPUs, GPUs below 8.9) its products are emulated in
 fp32, with the reason: the numbers of fp8, slower than bf16.

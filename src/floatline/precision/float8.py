@@ -5,16 +5,16 @@ Under an fp8 policy a converted layer computes, with x in bf16 and W in fp32:
     y  = q(x) q(W)^T      dx = q(dy) q(W)      dW = q(dy)^T q(x)
 
 `q` scales a tensor (or each row of it) so that its largest value meets the largest of the format, and rounds: e4m3 for
-values, e5m2 for gradients with one scale a tensor, e4m3 for both with a scale a row. Scales are found anew in each step.
-Sums are fp32, results bf16. Everything else of the model runs as under `bf16-mixed`.
+values, e5m2 for gradients with one scale a tensor, e4m3 for both with a scale a row. Scales are found anew in each
+step. Sums are fp32, results bf16. Everything else of the model runs as under `bf16-mixed`.
 
 torchao's `convert_to_float8_training` puts new modules in the place of the old ones: hooks, patches and references to
 the old ones are lost. Here it converts one template, whose class and settings are given to the model's own modules. So
 parameters, names, hooks, tied weights and the optimizer's references stay, and undo is the class as it was.
 
-What is done beside it: torchao asks for CUDA's autocast only, so inputs are cast here, on every device; without autocast
-the result comes back in the input's format; tokens, which the weights' gradient sums over, are padded to a multiple of
-16; a layer that gets no tokens (an expert nobody chose) is left to nn.Linear.
+What is done beside it: torchao asks for CUDA's autocast only, so inputs are cast here, on every device; without
+autocast the result comes back in the input's format; tokens, which the weights' gradient sums over, are padded to a
+multiple of 16; a layer that gets no tokens (an expert nobody chose) is left to nn.Linear.
 
 Not covered: fp8 all-gather of sharded weights (they are gathered in bf16), tensor parallel layers, grouped products of
 experts.

@@ -12,8 +12,8 @@ places do not forgive them, and small layers get no quicker. So these are kept h
     odd dims                      fp8 units take inputs and outputs in multiples of 16
     not convertible               another class than nn.Linear, or weights that are not plain parameters
 
-A rule decides before all of these: `path=bf16` or `path=32` keeps a linear high, `path=fp8` takes it in, whatever it is;
-odd dims are an error then. What cannot be converted stays, and so do adapters inside of what such a rule names. The
+A rule decides before all of these: `path=bf16` or `path=32` keeps a linear high, `path=fp8` takes it in, whatever it
+is; odd dims are an error then. What cannot be converted stays, and so do adapters inside of what such a rule names. The
 nearest rule at or above a linear counts.
 
 First and last go by the order in which modules were defined, for a policy is put on a model that has not run yet; where
@@ -36,6 +36,7 @@ from floatline.precision.policy import Policy
 
 MULTIPLE = 16
 """torch._scaled_mm takes inner and outer dims of weights in multiples of 16."""
+TRANSPOSED = "not convertible: a Conv1D of transformers, which torchao does not convert"
 ROUTERS = frozenset({"gate", "router", "gating", "shared_expert_gate"})
 """Last names of routers. `gate_proj`, half of a SwiGLU, is none."""
 
@@ -73,7 +74,7 @@ def choose_linears(model: nn.Module, policy: Policy, rules: dict[str, str]) -> L
     linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     _refuse_empty_rules(linears, rules)
     reasons = _Reasons(model, linears, policy.base.scaling)
-    choice = LinearChoice()
+    choice = LinearChoice(kept=dict.fromkeys(_transposed(model), TRANSPOSED))
     for name, linear in linears.items():
         rule = rule_over(name, rules)
         forced = bool(rule) and rules[rule] == "fp8"
@@ -179,6 +180,12 @@ def _is_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
+def _transposed(model: nn.Module) -> list[str]:
+    from floatline.techniques.adapters.targets import is_transposed_linear  # that package imports this one
+
+    return [name for name, module in model.named_modules() if is_transposed_linear(module)]
+
+
 def _head_of(model: nn.Module) -> str:
     from floatline.techniques.logits.heads import find_head  # that package imports this one
 
@@ -198,5 +205,5 @@ def _refuse_empty_rules(linears: dict[str, nn.Linear], rules: dict[str, str]) ->
     for rule, number_format in rules.items():
         if number_format == "fp8" and not any(name == rule or name.startswith(f"{rule}.") for name in linears):
             raise PrecisionError(
-                f"rule {rule}=fp8 names a module without linear layers", hint="fp8 is for nn.Linear layers"
+                f"rule {rule}=fp8 names a module without nn.Linear layers", hint="fp8 is for nn.Linear layers"
             )

@@ -2,7 +2,7 @@
 
 fp16 gradients below 6e-8 vanish; multiplying the loss by 2^16 lifts them into range, and the gradients are divided by
 it before they are judged, clipped and used. The scale halves when a scaled gradient overflows and doubles after 2000
-good updates. bf16 has fp32's exponent range and needs none of it.
+good updates; one that was set to 1 or less only halves. bf16 has fp32's exponent range and needs none of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+_NEVER = 2**31 - 1
+"""Good updates before a scale grows that is not to grow."""
 
 
 class NoLossScaling:
@@ -80,7 +83,9 @@ class LossScaling(NoLossScaling):
         return float(self.scaler.get_scale())
 
     def set(self, scale: float) -> None:
-        self.scaler = torch.amp.GradScaler(self._device_type, init_scale=scale)
+        """Start from another scale. One of 1 and less was chosen against overflow: it falls, and does not grow back."""
+        interval = _NEVER if scale <= 1.0 else 2000
+        self.scaler = torch.amp.GradScaler(self._device_type, init_scale=scale, growth_interval=interval)
 
     def tensor(self) -> torch.Tensor | None:
         scale: torch.Tensor | None = self.scaler._scale

@@ -17,7 +17,7 @@ from typing import Any
 
 from floatline.errors import RunDirectoryError
 from floatline.report.gradients import Gradients, run_gradients
-from floatline.report.records import Alarm, Cure, Eval, Fault, Sample, Step, as_mapping, as_number
+from floatline.report.records import Alarm, Cure, Eval, Fault, Headroom, Sample, Step, as_mapping, as_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class RunData:
         faults: Updates that the guard refused.
         cures: What the run changed so that they do not come again.
         alarms: Trouble that no NaN showed.
+        headroom: How near to overflow modules came, in the steps that were sampled.
         samples: Answers of the last evaluation.
         gradients: What the gradient monitor recorded, None where the run kept no gradients.json.
         recipe: The resolved recipe, empty when missing.
@@ -45,6 +46,7 @@ class RunData:
     faults: tuple[Fault, ...] = ()
     cures: tuple[Cure, ...] = ()
     alarms: tuple[Alarm, ...] = ()
+    headroom: tuple[Headroom, ...] = ()
     samples: tuple[Sample, ...] = ()
     gradients: Gradients | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +91,7 @@ def load_run(path: str | Path) -> RunData:
         faults=tuple(metrics.faults),
         cures=tuple(metrics.cures),
         alarms=tuple(metrics.alarms),
+        headroom=tuple(metrics.headroom),
         samples=samples,
         gradients=gradients,
         recipe=recipe,
@@ -125,6 +128,7 @@ class _Metrics:
         self.faults: list[Fault] = []
         self.cures: list[Cure] = []
         self.alarms: list[Alarm] = []
+        self.headroom: list[Headroom] = []
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> _Metrics:
@@ -143,12 +147,16 @@ class _Metrics:
                 metrics.cures.append(Cure.read(line))
             elif kind == "alarm":
                 metrics.alarms.append(Alarm.read(line))
+            elif kind == "headroom":
+                metrics.headroom.append(Headroom.read(line))
         return metrics
 
     def refuse(self, fault: Fault) -> None:
         """Note a fault; the updates that a rollback took back are made again, the fault stays."""
         self.faults.append(fault)
         if math.isfinite(fault.to):
+            self.evals = [item for item in self.evals if item.step <= fault.to]
+            self.headroom = [item for item in self.headroom if item.step <= fault.to]
             while self.steps and self.steps[-1].step > fault.to:
                 self.steps.pop()
 

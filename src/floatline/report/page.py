@@ -18,6 +18,7 @@ from floatline.report.compare import Table, differences, labels, side_by_side
 from floatline.report.drawing import POINTS, Plot
 from floatline.report.gallery import CARDS, IMAGE_BUDGET, Card, gallery
 from floatline.report.gradient_plots import gradient_plots
+from floatline.report.headroom import Tight, tightest
 from floatline.report.heat_map import ROWS as ROWS_OF_LAYERS
 from floatline.report.heat_map import HeatMap, heat_map
 from floatline.report.html import render_template
@@ -50,6 +51,7 @@ class RunPart:
     facts: list[tuple[str, str]]
     techniques: list[tuple[str, str, str]]
     choices: list[Any]
+    headroom: list[Tight]
     error: str
     rows: int = ROWS
 
@@ -121,5 +123,6 @@ def _part(index: int, label: str, run: RunData, runs: int) -> RunPart:
         facts=facts(run),
         techniques=techniques_of(run),
         choices=choices_of(run),
+        headroom=tightest(run),
         error=str(run.info.get("error") or ""),
     )

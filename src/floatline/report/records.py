@@ -157,6 +157,19 @@ class Alarm:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Headroom:
+    """Bits to overflow of the modules that had the least of them, in one step."""
+
+    step: int
+    bits: dict[str, float]
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> Headroom:
+        known = {str(name): as_number(bits) for name, bits in as_mapping(line.get("bits")).items()}
+        return cls(step=int(line["step"]), bits={name: bits for name, bits in known.items() if math.isfinite(bits)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One question that the model answered; `correct` is None where nobody judged it."""
 

@@ -13,12 +13,13 @@ from floatline.report.compare import differences, labels, side_by_side
 from floatline.report.curves import finite
 from floatline.report.drawing import smoothed_loss
 from floatline.report.gallery import pick
+from floatline.report.headroom import tightest
 from floatline.report.load import RunData
 from floatline.report.paper import WIDTH, Paper
 from floatline.report.records import as_text
 from floatline.report.sections import splits, tiles
 from floatline.report.summary import choices_of, summarize, techniques_of, verdict
-from floatline.report.units import DASH, number_text
+from floatline.report.units import DASH, number_text, times
 
 LISTED = 8
 ABREAST = 4
@@ -88,6 +89,9 @@ def _one(out: Paper, run: RunData, label: str) -> None:
     if run.alarms:
         rows = [(str(alarm.step), alarm.what, alarm.text, alarm.remedy) for alarm in run.alarms[:LISTED]]
         out.table(_title("Warnings", len(run.alarms)), ("update", "what", "measured", "remedy"), rows)
+    if tight := tightest(run):
+        title = f"Least headroom to overflow ({times(len(run.headroom), 'step')} sampled; 1 bit is a factor of 2)"
+        out.table(title, ("module", "least bits", "at update", "last bits"), [each.cells for each in tight])
     wrong = [sample for sample in pick(run.samples) if sample.correct is False]
     if wrong:
         total = sum(sample.correct is False for sample in run.samples)

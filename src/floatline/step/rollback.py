@@ -55,6 +55,12 @@ class Rollback:
         if self.due(updates):
             self._take()
 
+    def at_checkpoint(self) -> None:
+        """Take a snapshot where a checkpoint was written: going back to before it would make it one of updates that
+        have never been, and a run that is killed goes on from it."""
+        if self._guard.goes_back:
+            self._take()
+
     def _take(self) -> None:
         """Snapshots that are not finite do not count."""
         fresh = Snapshot(self._model, self._step, self.extras)

@@ -53,7 +53,9 @@ class Judged:
         norms: Of the single gradients, to say whose was at fault.
         left_out: Index and loss of the micro-batches that were left out.
         made: It was made all the same, from the others.
-        scale: The loss scale that it ran under, where reading it costs nothing.
+        scale: The loss scale that it ran under, once it is known.
+        scale_read: It is the last number of `reading`, for it is on a device.
+        late: Its verdict was read when the next update had been run, and made unless it was condemned as well.
         reruns: Its micro-batches with what it takes to run them again.
     """
 
@@ -64,6 +66,8 @@ class Judged:
     made: bool = False
     scale: float | None = None
     reruns: tuple[Rerun, ...] = ()
+    scale_read: bool = False
+    late: bool = False
 
 
 def _steps_on(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
@@ -108,7 +112,7 @@ class Sentinel:
     def judge(loss: torch.Tensor, grad_norm: torch.Tensor, buffers: torch.Tensor | None = None) -> torch.Tensor:
         """Return a 0-d bool tensor: all finite. Adding is enough, since inf - inf and NaN are not finite either."""
         total = loss + grad_norm if buffers is None else loss + grad_norm + buffers
-        return (total - total) == 0.0  # as isfinite, with fewer kernels
+        return torch.isfinite(total)
 
     def make_update(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
         """Run `optimizer.step()` if the verdict is good, without waiting where the optimizer can select."""
@@ -127,6 +131,8 @@ class Sentinel:
             NonFiniteError: Too many skipped updates.
         """
         if judged.reading.waits:
+            if self._pending is not None:
+                self._pending.late = True
             earlier = self.flush()
             self._pending = judged
             return earlier
@@ -143,6 +149,8 @@ class Sentinel:
 
     def _count(self, judged: Judged) -> Skip | None:
         numbers = judged.reading.tolist()
+        if judged.scale_read:
+            judged.scale = numbers.pop()
         total = sum(numbers)
         finite = total - total == 0.0  # by the same rule as `judge`, without a call
         if judged.left_out and (finite or not judged.made):
@@ -171,7 +179,7 @@ class Sentinel:
             self._row[skip.fault] += 1
         if skip.fault and self.on_fault is not None:
             self.on_fault(skip, judged)
-        self._stop_if_too_many(skip)
+        self._stop_if_too_many(skip, judged.late)
         return skip
 
     def _what(self, judged: Judged, numbers: list[float]) -> What:
@@ -186,26 +194,30 @@ class Sentinel:
     def _blamed(self, judged: Judged) -> tuple[str, ...]:
         return tuple(judged.norms.culprits()) if judged.norms is not None else ()
 
-    def _stop_if_too_many(self, skip: Skip) -> None:
+    def _stop_if_too_many(self, skip: Skip, late: bool) -> None:
         guard = self.guard
         if skip.fault and guard.on_fault == "stop":
             raise NonFiniteError(
                 f"stopped at the first fault: {skip.reason}",
-                hint="the weights are as before it; guard.on_fault=skip goes on",
+                hint=f"{_weights_of('it', late)}; guard.on_fault=skip goes on",
             )
         key = "max_faults_in_a_row" if skip.fault else "max_overflows_in_a_row"
         limit = getattr(guard, key)
         if self._row[skip.fault] >= limit:
             self._stop(
-                f"{self._row[skip.fault]} skipped updates in a row: {skip.reason}", "the first of them", key, limit
+                f"{self._row[skip.fault]} skipped updates in a row: {skip.reason}",
+                _weights_of("the first of them", late),
+                key,
+                limit,
             )
         if skip.fault and guard.max_faults is not None and self.faults >= guard.max_faults:
-            self._stop(f"{self.faults} faults in all, the last: {skip.reason}", "it", "max_faults", guard.max_faults)
+            what = f"{self.faults} faults in all, the last: {skip.reason}"
+            self._stop(what, _weights_of("it", late), "max_faults", guard.max_faults)
 
-    def _stop(self, what: str, before: str, key: str, limit: int) -> None:
+    def _stop(self, what: str, weights: str, key: str, limit: int) -> None:
         raise NonFiniteError(
             f"stopped after {what}",
-            hint=f"the weights are as before {before}; look at the learning rate, the data and the precision, "
+            hint=f"{weights}; look at the learning rate, the data and the precision, "
             f"or raise guard.{key} (now {limit})",
         )
 
@@ -233,3 +245,13 @@ class Sentinel:
         self.skipped = state["skipped"]
         self.faults = state.get("faults", 0)  # of a run that did not count them
         self._row = {True: state["faults_in_a_row"], False: state["overflows_in_a_row"]}
+
+
+def _weights_of(before: str, late: bool) -> str:
+    """Say which weights a run that is stopped is left with; a skipped update changes none, a later one may have."""
+    if not late:
+        return f"the weights are as before {before}"
+    return (
+        f"the weights are as before {before}, or one good update on: on this device the verdict is read when the next "
+        "update has been run"
+    )

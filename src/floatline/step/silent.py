@@ -16,6 +16,7 @@ measure is read a step later (readback.py).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,8 @@ class SilentTrouble:
     Attributes:
         headroom: Module -> bits to overflow of its output, from the last look; only of modules that answer in a half
             format.
+        measured: The last 16 looks at it, each its update and `headroom`.
+        looks: How many there were.
         swallowed: Share of sampled weights that kept their bits at the last look; None before.
     """
 
@@ -67,6 +70,8 @@ class SilentTrouble:
         self.model = model
         self.every = every
         self.headroom: dict[str, float] = {}
+        self.measured: deque[tuple[int, dict[str, float]]] = deque(maxlen=16)
+        self.looks = 0
         self.swallowed: float | None = None
         self._raise = alarm
         self._buffers = buffers
@@ -221,6 +226,8 @@ class SilentTrouble:
         }
         if not self.headroom:
             return
+        self.measured.append((step, self.headroom))
+        self.looks += 1
         name, bits = min(self.headroom.items(), key=lambda item: item[1])
         if bits < HEADROOM_BITS:
             self._alarm(

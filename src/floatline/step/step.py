@@ -231,13 +231,14 @@ class TrainStep:
     ) -> StepOutput:
         """End the update: put back what must not stay, go on with scale and schedule, count, go back if need be."""
         loss, buffers, made = accumulated.loss, accumulated.buffers, not accumulated.none
-        reading = Readback.of([loss, grad_norm, *([buffers] if buffers is not None else [])])
+        on_device = self.scaling.tensor() if loss.is_cuda else None
+        reading = Readback.of([each for each in (loss, grad_norm, buffers, on_device) if each is not None])
         self.buffers.settle(finite)
         scale = self.scaling.current() if not loss.is_cuda else None
         self.scaling.update(loss)
         advance(self.schedule, first=self.updates == 0)
         left_out, reruns = tuple(accumulated.left_out), tuple(accumulated.reruns)
-        judged = Judged(self.updates + 1, reading, norms, left_out, made, scale, reruns)
+        judged = Judged(self.updates + 1, reading, norms, left_out, made, scale, reruns, on_device is not None)
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         left = tuple(place for place, _ in left_out) if made else ()

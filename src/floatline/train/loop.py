@@ -45,7 +45,7 @@ class Loop:
         self.stopper = stopper or Stopper()
         self.ranks = run.ranks
         self._asked_to_stop = False
-        run.rundir.cut_metrics(self.step.updates)
+        run.rundir.cut_metrics(self.step.updates, state.get("logged"))
         view = make_view(console, self.steps, self.step.updates)
         log_every = run.recipe.run.log_every or 1
         self.telemetry = Telemetry(run.rundir, run.step, view, log_every, self.steps, self.step.updates)
@@ -145,6 +145,8 @@ class Loop:
         self.telemetry.view.say(f"went back to update {to}")
         self.telemetry.restart_clock()
         if self._asked_to_stop:
+            if not checkpoint_path(self.run_.rundir.checkpoints, to).exists():
+                self._save()
             raise Interrupted
 
     def _sum_up(self, batch: Any) -> tuple[int, int, bool]:
@@ -188,17 +190,19 @@ class Loop:
         run = self.run_
         state = {
             "step": self.step.state_dict(),
+            "rng": self.ranks.collect(rng.capture()),  # before the loader, which after a rollback makes an iterator
             "loader": run.loader.state_dict(),
-            "rng": self.ranks.collect(rng.capture()),
             "best": self.best.kept,
             "position": self.position.kept(),
             "findings": self.findings.state(),
+            "logged": run.rundir.logged(),
             "gradients": self.step.monitor.state_dict() if self.step.monitor is not None else None,
         }
         write_gradients(run)
         plain, shards = run.weights.split(state)
         directory = run.rundir.checkpoints
         save_checkpoint(directory, self.step.updates, plain, lambda path: run.weights.write(path, shards), self.ranks)
+        self.step.rollback.at_checkpoint()
         keep = {self.best.step} if self.best.step is not None else set()
         self.ranks.on_first(lambda: prune(directory, keep_last=self.recipe.train.keep_last, keep=keep))
         run.manifest.update(best=self.best.kept, peak_memory_bytes=peak_memory(self.step.device))

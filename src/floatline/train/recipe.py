@@ -72,6 +72,9 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's moment decays")
     max_grad_norm: Positive | None = Field(1.0, description="clip to this gradient norm; null switches it off")
+    loss_scale: Positive | None = Field(
+        None, description="fp16 loss scale to start from; at 1 and below it does not grow; null starts at 65536"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seeds python, numpy, torch and the data order")
     checkpoint_every: Count | None = Field(None, description="updates between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept besides the best")

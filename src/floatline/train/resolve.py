@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import yaml
 
 from floatline.errors import ConfigError
 from floatline.hardware import Hardware, attention_verdict
@@ -42,6 +43,20 @@ class Resolved:
         return [asdict(choice) for choice in self.choices]
 
 
+def recipe_text(resolved: Resolved) -> str:
+    """Return the resolved recipe as YAML, with the reason of each automatic choice beside it as a comment."""
+    reasons = {choice.key: choice.reason for choice in resolved.choices}
+    lines, section = [], ""
+    for line in yaml.safe_dump(resolved.recipe.model_dump(mode="json"), sort_keys=False, width=1000).splitlines():
+        name = line.split(":")[0].strip()
+        section = name if not line.startswith(" ") else section
+        reason = reasons.get(name if not line.startswith(" ") else f"{section}.{name}")
+        lines.append(f"{line}  # {reason}" if reason else line)
+    return (
+        "# Resolved: every choice is made, so this runs the same again. Comments say why.\n" + "\n".join(lines) + "\n"
+    )
+
+
 def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
     """Decide everything that `recipe` leaves open.
 
@@ -59,6 +74,7 @@ def resolve_recipe(recipe: Recipe, *, train_samples: int) -> Resolved:
     policy = _fill_precision(open_recipe, hardware)
     _fill_optimizer(open_recipe)
     _check_attention(recipe.model.attention, hardware)
+    _check_loss_scale(recipe.train.loss_scale, policy)
     _fill_sizes(open_recipe, train_samples)
     _fill_data(open_recipe, device)
     _fill_rhythm(open_recipe, device)
@@ -125,6 +141,14 @@ def _check_attention(attention: str | None, hardware: Hardware) -> None:
         raise ConfigError(
             f"model.attention={attention} cannot run: {verdict.reason}",
             hint=f"use model.attention=sdpa: torch picks its {fused} kernel there",
+        )
+
+
+def _check_loss_scale(scale: float | None, policy: Policy) -> None:
+    if scale is not None and not policy.base.loss_scaling:
+        raise ConfigError(
+            f"train.loss_scale={scale:g}, but precision {policy} scales no loss",
+            hint="leave it out, or use 16-mixed",
         )
 
 

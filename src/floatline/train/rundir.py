@@ -10,7 +10,8 @@
     report.html      the page for people
 
 A lock keeps a second run out. Files that are rewritten are replaced atomically; metrics are appended, and cut back
-to the checkpoint on resume. Of several ranks, rank 0 holds the lock and writes; the others have a `SilentRunDirectory`.
+to what was there at the checkpoint on resume. Of several ranks, rank 0 holds the lock and writes; the others have a
+`SilentRunDirectory`.
 """
 
 from __future__ import annotations
@@ -117,10 +118,24 @@ class RunDirectory:
         except OSError as error:
             raise self._write_error("metrics.jsonl", error) from None
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop what was logged after update `step`, the final test, and a half-written last line."""
+    def logged(self) -> int:
+        """Return the bytes in metrics.jsonl, for a checkpoint."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_metrics(self, step: int, logged: int | None = None) -> None:
+        """Drop what was logged after a checkpoint.
+
+        Args:
+            step: Its update.
+            logged: The bytes that were logged when it was written: a fault that it rests on may have a later number.
+                None, or bytes that the file does not have any more: what has a later number goes, and the final test.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
+            return
+        if logged is not None and path.read_bytes()[:logged][-1:] == b"\n" and path.stat().st_size >= logged:
+            os.truncate(path, logged)
             return
         kept = [
             line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_in(line) <= step
@@ -168,7 +183,10 @@ class SilentRunDirectory(RunDirectory):
     def log(self, record: dict[str, Any]) -> None:
         pass
 
-    def cut_metrics(self, step: int) -> None:
+    def logged(self) -> int:
+        return 0
+
+    def cut_metrics(self, step: int, logged: int | None = None) -> None:
         pass
 
     def event_writer(self, first_step: int) -> Any:

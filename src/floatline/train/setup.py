@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from floatline.hardware import resolve as resolve_hardware
@@ -34,6 +33,7 @@ from floatline.train.data import Sample, SampleDataset, SampleEncoder, load_samp
 from floatline.train.data.lengths import padding_of, token_lengths
 from floatline.train.data.micro import MicroBatches
 from floatline.train.evaluate import Evaluator
+from floatline.train.healed import as_of, change_recipe
 from floatline.train.hub import holds_adapter, load_model, model_files
 from floatline.train.identity import fingerprint, has_checkpoints, note_base, refuse_changed_data, with_free_keys
 from floatline.train.launch import refuse_uneven_batch, tell_what_ranks_cannot
@@ -41,7 +41,7 @@ from floatline.train.manifest import Manifest
 from floatline.train.memory import choose_techniques, forget_plan
 from floatline.train.parts import collator_of, encoder_of, optimizer_of, pad_token_id
 from floatline.train.recipe import Recipe, parse_recipe
-from floatline.train.resolve import AutomaticChoice, Resolved, resolve_recipe
+from floatline.train.resolve import AutomaticChoice, Resolved, recipe_text, resolve_recipe
 from floatline.train.rundir import RunDirectory
 from floatline.train.schedule import make_schedule
 from floatline.train.weights import PlainWeights
@@ -64,7 +64,7 @@ class Run:
     weights: PlainWeights
     ranks: OneRank
     state: dict[str, Any] | None
-    change_recipe: Callable[[str, str, str], None] = lambda key, value, reason: None
+    change_recipe: Callable[[str, Any, str], None] = lambda key, value, reason: None
 
 
 def prepare(recipe: Recipe, rundir: RunDirectory, manifest: Manifest, say: Say, ranks: OneRank | None = None) -> Run:
@@ -156,20 +156,6 @@ def _resolve(
     return resolved
 
 
-def recipe_text(resolved: Resolved) -> str:
-    """Return the resolved recipe as YAML, with the reason of each automatic choice beside it as a comment."""
-    reasons = {choice.key: choice.reason for choice in resolved.choices}
-    lines, section = [], ""
-    for line in yaml.safe_dump(resolved.recipe.model_dump(mode="json"), sort_keys=False, width=1000).splitlines():
-        name = line.split(":")[0].strip()
-        section = name if not line.startswith(" ") else section
-        reason = reasons.get(name if not line.startswith(" ") else f"{section}.{name}")
-        lines.append(f"{line}  # {reason}" if reason else line)
-    return (
-        "# Resolved: every choice is made, so this runs the same again. Comments say why.\n" + "\n".join(lines) + "\n"
-    )
-
-
 def _build(
     resolved: Resolved,
     encoder: SampleEncoder,
@@ -179,6 +165,8 @@ def _build(
     say: Say,
     ranks: OneRank,
 ) -> Run:
+    checkpoint = ranks.on_first(lambda: _checkpoint_to_go_on_from(rundir, say))
+    resolved = ranks.on_first(lambda: as_of(checkpoint, resolved, rundir, manifest, say))
     recipe = resolved.recipe
     torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
     rng.seed_everything(recipe.train.seed)  # what techniques draw (adapters) must be the same on all ranks
@@ -186,7 +174,6 @@ def _build(
         split: SampleDataset(_limit(split, found, recipe), encoder, cache_bytes=recipe.data.cache_bytes or 0)
         for split, found in samples.items()
     }
-    checkpoint = ranks.on_first(lambda: _checkpoint_to_go_on_from(rundir, say))
     model = ranks.together(lambda: load_start(recipe, resolved.policy, checkpoint))
     model.to(resolved.device).train()
     step = make_step(model, resolved)
@@ -215,32 +202,6 @@ def _build(
     return Run(
         rundir, manifest, recipe, encoder.processor, datasets, loader, step, evaluator, weights, ranks, state, change
     )
-
-
-def change_recipe(
-    resolved: Resolved, rundir: RunDirectory, manifest: Manifest, key: str, value: str, reason: str
-) -> None:
-    """Write what a run has changed while it trained into its resolved recipe, so that it goes on and runs again so.
-
-    Args:
-        resolved: Changed in place.
-        rundir: recipe.yaml is replaced.
-        manifest: Its resolved recipe and choices, which a resume reads.
-        key: Dotted.
-        value: What it is from now on.
-        reason: Why.
-    """
-    tree = resolved.recipe.model_dump(mode="json")
-    *sections, name = key.split(".")
-    inner = tree
-    for section in sections:
-        inner = inner[section]
-    inner[name] = value
-    resolved.recipe = parse_recipe(tree)
-    resolved.choices = [choice for choice in resolved.choices if choice.key != key]
-    resolved.choices.append(AutomaticChoice(key, value, reason))
-    manifest.update(resolved=tree, choices=resolved.choices_as_dicts())
-    rundir.write_text("recipe.yaml", recipe_text(resolved))
 
 
 def _make_loader(
@@ -326,7 +287,7 @@ def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
             final=train.final_lr_share,
         )
 
-    return TrainStep(
+    step = TrainStep(
         model,
         optimizer_of(train),
         precision=resolved.policy,
@@ -335,6 +296,9 @@ def make_step(model: nn.Module, resolved: Resolved) -> TrainStep:
         techniques=resolved.recipe.make_techniques(),
         schedule=schedule,
     )
+    if train.loss_scale is not None:
+        step.scaling.set(train.loss_scale)
+    return step
 
 
 def note_techniques(step: TrainStep, manifest: Manifest, say: Say) -> None:
@@ -342,8 +306,9 @@ def note_techniques(step: TrainStep, manifest: Manifest, say: Say) -> None:
     for note in [*step.precision.notes, *step.stack.notes]:
         say(note)
     manifest.update(
+        kept_high=step.precision.kept,
         techniques=[
             {"technique": str(a.technique), "touched": list(a.touched), "notes": list(a.notes)}
             for a in step.stack.applied
-        ]
+        ],
     )

@@ -22,6 +22,8 @@ from floatline.train.progress import ProgressView
 from floatline.train.rundir import RunDirectory
 
 _TENSORBOARD_POINTS = 1000
+_TIGHTEST = 16
+"""Modules whose headroom is logged: those with the least."""
 _TENSORBOARD_KEYS = ("loss", "grad_norm", "lr", "loss_scale", "tokens_per_s", "memory_bytes")
 
 
@@ -47,9 +49,11 @@ class Telemetry:
     _waiting: list[tuple[StepOutput, dict[str, Any]]] = field(default_factory=list)
     _reported: int = 0
     _alarmed: int = 0
+    _looked: int = 0
 
     def __post_init__(self) -> None:
         self._reported, self._alarmed = self.step.sentinel.noted, self.step.sentinel.alarmed
+        self._looked = self.step.silent.looks
         self.writer: Any = self.rundir.event_writer(self.first_step)
         self.restart_clock()
 
@@ -115,6 +119,16 @@ class Telemetry:
                              "remedy": alarm.remedy})  # fmt: skip
             self.view.say(f"warning: {alarm}")
         self._reported, self._alarmed = sentinel.noted, sentinel.alarmed
+        self._write_headroom()
+
+    def _write_headroom(self) -> None:
+        """Write how near to overflow the nearest modules came, where that was looked at since."""
+        silent = self.step.silent
+        for step, headroom in _newest(silent.measured, silent.looks - self._looked):
+            least = sorted(headroom.items(), key=lambda item: item[1])[:_TIGHTEST]
+            bits = {name: round(value, 2) for name, value in least}
+            self.rundir.log({"kind": "headroom", "step": step, "modules": len(headroom), "bits": bits})
+        self._looked = silent.looks
 
     def _write_skip(self, skip: Skip) -> None:
         action = "rollback" if skip.rolled_back_to is not None else "leave out" if skip.made else "skip"

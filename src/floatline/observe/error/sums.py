@@ -1,7 +1,7 @@
 """Running sums that stand still: which increments are lost when the running total is kept in a lower format.
 
-A running total c in a format with m mantissa bits has spacing ulp(c) = 2^(floor(log2 c) - m). An increment below half
-of it does not change c: bf16 counts to 256, fp16 to 2048, and no further. Whether a kernel keeps its total in the
+A running total c in a format with m mantissa bits has spacing ulp(c) = 2^(floor(log2 c) - m). An increment of half of
+it or less does not change c: bf16 counts to 256, fp16 to 2048, and no further. Whether a kernel keeps its total in the
 format of the result or in a wider one differs from device to device, so the share is computed from the exact
 increments and totals, not observed.
 
@@ -53,7 +53,7 @@ def swallowed_share(name: str, args: list[Any], results: list[torch.Tensor]) -> 
 
 def _lost(increments: torch.Tensor, totals: torch.Tensor, bits: int) -> float:
     nonzero = increments != 0
-    small = increments.abs() < _spacing(totals, bits) / 2
+    small = increments.abs() <= _spacing(totals, bits) / 2  # a tie goes to the even total, and stays there
     return float((small & nonzero).sum()) / max(int(nonzero.sum()), 1)
 
 

@@ -1,0 +1,75 @@
+"""From what fp8 would do to each layer to the policy that trains so.
+
+`fp8-mixed` chooses by size and place (precision/float8_layers.py); here come the rules for what it would choose and the
+measured rows speak against. Layers that the run did not call were not measured, and stay high.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from floatline.audit.fp8_row import POLICIES, Fp8Row
+from floatline.errors import ConfigError
+from floatline.precision import Policy
+from floatline.precision.float8_layers import choose_linears
+from floatline.select import matches
+
+
+def fp8_policy(rows: Sequence[Fp8Row], model: nn.Module, scaling: str = "tensor") -> str:
+    """Return the fp8 policy that keeps every layer in bf16 that fp8 would cost too much.
+
+    Args:
+        rows: From `what_if`.
+        model: The model that was measured.
+        scaling: "tensor" for `fp8-mixed`, "row" for `fp8-rowwise-mixed`.
+
+    Raises:
+        ConfigError: No such scaling.
+    """
+    name = _policy_of(scaling)
+    chosen = list(choose_linears(model, Policy(name), {}).chosen)
+    good = {row.name for row in rows if row.fits(scaling)}
+    return "; ".join([name, *(f"{pattern}=bf16" for pattern in patterns_for(set(chosen) - good, chosen))])
+
+
+def filter_of(rows: Iterable[Fp8Row], scaling: str = "tensor") -> Callable[[nn.Module, str], bool]:
+    """Return the `module_filter_fn` for torchao's `convert_to_float8_training` that converts the same layers.
+
+    Args:
+        rows: From `what_if`.
+        scaling: "tensor" or "row", as the recipe given to torchao.
+
+    Raises:
+        ConfigError: No such scaling.
+    """
+    _policy_of(scaling)
+    good = {row.name for row in rows if row.fits(scaling) and scaling not in row.kept}
+    return lambda module, name: name in good and type(module) is nn.Linear
+
+
+def patterns_for(names: set[str], among: Sequence[str]) -> list[str]:
+    """Return patterns that match all of `names` and nothing else of `among`, in the order of `among`.
+
+    >>> patterns_for({"layers.0.up", "layers.1.up", "layers.0.out"}, [f"layers.{n}.{p}" for n in (0, 1)
+    ...              for p in ("up", "out")])
+    ['layers.*.up', 'layers.0.out']
+    """
+    found: list[str] = []
+    for name in among:
+        if name not in names or any(matches(pattern, name) for pattern in found):
+            continue
+        wide = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        alike = [other for other in among if matches(wide, other)]
+        found.append(wide if len(alike) > 1 and names.issuperset(alike) else name)
+    return found
+
+
+def _policy_of(scaling: str) -> str:
+    if scaling not in POLICIES:
+        raise ConfigError(
+            f"no fp8 policy scales by {scaling!r}", hint=f"allowed: {', '.join(POLICIES)}; torchao trains with no other"
+        )
+    return POLICIES[scaling]
