@@ -227,7 +227,7 @@ class Subject:
                 with self._started(policy) as applied, around():
                     value, gradients = self._step(applied, batch, scale, None)
             except RuntimeError as error:
-                if not policy.rules:
+                if not policy.rules or isinstance(error, torch.OutOfMemoryError):
                     raise
                 return self._does_not_run(policy, error)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
