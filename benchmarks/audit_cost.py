@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_table, progress, report
 
 import floatline as fl
+from common import print_table, progress, report
 
 PACKAGES = ("floatline", "torch", "transformers")
 PLANTED = 4000.0

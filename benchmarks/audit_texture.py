@@ -3,8 +3,8 @@
     python benchmarks/audit_texture.py [--photos astronaut.png ...] [--json FILE]
 
 The pipeline is examples/texture/texture.py, the photographs are those that scikit-image ships
-(`pip install --no-deps -r requirements-weights.txt`). `fl.audit_function` in both modes, for an L4: mixed is autocast by
-CUDA's lists, true casts all inputs. Relative RMSE and largest error are against fp64, the worst of the photographs;
+(`pip install --no-deps -r requirements-weights.txt`). `fl.audit_function` in both modes, for an L4: mixed is autocast
+by CUDA's lists, true casts all inputs. Relative RMSE and largest error are against fp64, the worst of the photographs;
 of an outline the share of pixels that come out otherwise.
 
 The guide's claim about such a pipeline under bf16 autocast: largest difference from fp32 0.000534, mean 0.000088.
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_table, progress, report
 
 import floatline as fl
+from common import print_table, progress, report
 from floatline.audit.function_report import percent
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "texture"))
 
-import texture as pipeline  # noqa: E402
+import texture as pipeline
 
 PACKAGES = ("floatline", "torch", "scikit-image", "pillow")
 SMALL = ("astronaut.png", "chelsea.png", "coffee.png")

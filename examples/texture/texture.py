@@ -9,8 +9,8 @@
     histogram      share of the pixels in each of 64 bins, for each colour
     outline        edges above a threshold: a decision, pixel by pixel
 
-It is written as people write it, with no thought of precision: `fl.audit_function(texture, inputs)` says what becomes of
-it in bf16 and fp16 (benchmarks/audit_texture.py).
+It is written as people write it, with no thought of precision: `fl.audit_function(texture, inputs)` says what becomes
+of it in bf16 and fp16 (benchmarks/audit_texture.py).
 
 The photographs are those that scikit-image ships. Only its files are read; the package is not imported.
 """

@@ -40,8 +40,8 @@ SENTENCES = (
     "Add the flour slowly and stir until the dough is smooth.",
     "The function returns NaN when the variance is zero.",
     "Rain.",
-    "In the third act the detective, who had kept silent all evening, put the broken watch on the table and asked each of "
-    "the guests where they had been when it stopped.",
+    "In the third act the detective, who had kept silent all evening, put the broken watch on the table and asked each "
+    "of the guests where they had been when it stopped.",
     "Die Züge nach Basel fahren heute von Gleis sieben.",
     "Order no. 48-2291-X: 3 pcs. at 19.99 each, shipped 02/11.",
     "The treaty was signed in 1648 after years of negotiations.",

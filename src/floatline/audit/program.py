@@ -24,6 +24,7 @@ import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from floatline.audit.factories import SaidDtype
+from floatline.audit.fp16_products import FP16Products
 from floatline.audit.fp32_lines import FP32Lines, Line
 from floatline.audit.outputs import Tensors, outputs_of, path_name
 from floatline.audit.subject import SCALE, Passes
@@ -188,6 +189,8 @@ class Program:
             stack.enter_context(torch.random.fork_rng(devices=[self.device.index or 0] if on_cuda else []))
             if self.hardware.kind == "cuda" and not on_cuda:
                 stack.enter_context(cuda_autocast())
+            if fmt is not None and fmt.name == "fp16" and not on_cuda:
+                stack.enter_context(FP16Products())
             torch.manual_seed(seed)
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(fmt.dtype if fmt is not None and fmt.mode == "true" else torch.float32)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.audit.buffers import stalled_buffers
+from floatline.audit.fp16_products import FP16Products
 from floatline.audit.tolerance import Effect
 from floatline.errors import ModelError
 from floatline.hardware import Hardware
@@ -286,7 +287,10 @@ class Subject:
             stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
             if self.hardware.kind == "cuda" and not devices:
                 stack.enter_context(cuda_autocast())
+            if "fp16" in policy.formats and not devices:
+                stack.enter_context(FP16Products())
             torch.manual_seed(self.seed if seed is None else seed)
+            before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
             try:
                 yield applied
@@ -294,7 +298,8 @@ class Subject:
                 applied.undo()
                 with torch.no_grad():
                     for name, tensor in _tensors(self.model):
-                        tensor.copy_(self._weights[name])
+                        if before[name] != (tensor._version, tensor.data_ptr()):  # written, or cast and cast back
+                            tensor.copy_(self._weights[name])
                 for parameter in self.model.parameters():
                     parameter.grad = None
 
