@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.audit.buffers import stalled_buffers
+from floatline.audit.fp16_products import FP16Products
 from floatline.audit.tolerance import Effect
 from floatline.errors import ModelError
 from floatline.hardware import Hardware
@@ -225,13 +226,25 @@ class Subject:
             scale = SCALE if policy.base.loss_scaling else 1.0
         while True:
             self.passes.add(what)
-            with self._started(policy) as applied, around():
-                value, gradients = self._step(applied, batch, scale, None)
+            try:
+                with self._started(policy) as applied, around():
+                    value, gradients = self._step(applied, batch, scale, None)
+            except RuntimeError as error:
+                if not policy.rules or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                return self._does_not_run(policy, error)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
             routine = policy.base.loss_scaling and scale > 1 and bool(torch.isfinite(value).all())
             if effect.finite or not routine:
                 return effect
             scale /= 16.0 if scale > 16 else scale
+
+    def _does_not_run(self, policy: Policy, error: RuntimeError) -> Effect:
+        """Return the effect of islands between which tensors meet in two formats: as wrong as can be."""
+        said = f"some islands do not run, and were not taken: {str(error).splitlines()[0]}"
+        if said not in self.notes:
+            self.notes.append(said)
+        return Effect(policy=str(policy), loss_error=float("inf"))
 
     def gradients(self, batch: int = 0) -> dict[str, torch.Tensor]:
         """Return the gradients in fp32, whole."""
@@ -279,7 +292,10 @@ class Subject:
                 stack.enter_context(cuda_autocast())
             if "fp16" in policy.formats and self._recurrent:
                 stack.enter_context(_without_onednn())
+            if "fp16" in policy.formats and not devices:
+                stack.enter_context(FP16Products())
             torch.manual_seed(self.seed if seed is None else seed)
+            before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
             try:
                 yield applied
@@ -287,7 +303,8 @@ class Subject:
                 applied.undo()
                 with torch.no_grad():
                     for name, tensor in _tensors(self.model):
-                        tensor.copy_(self._weights[name])
+                        if before[name] != (tensor._version, tensor.data_ptr()):  # written, or cast and cast back
+                            tensor.copy_(self._weights[name])
                 for parameter in self.model.parameters():
                     parameter.grad = None
 
