@@ -152,7 +152,7 @@ def _other_weights(run):
 @pytest.mark.parametrize(("make", "said", "hint"), [
     (_gone, "does not exist", "pass a run directory"),
     (_empty, "is no run or bundle", "pass a run directory"),
-    (_none_kept, "1 updates of {run} were condemned, and none of them was kept", "run it again on one rank"),
+    (_none_kept, "1 update of {run} condemned, and none kept", "run it again on one rank"),
     (_truncated, "bundle.pt", "cut short"),
     (_without_recipe, "has no recipe two directories up", "--recipe RUN/recipe.yaml"),
     (_model_moved, "model.path=/nowhere/model: no such directory (named by {run}/recipe.yaml)", "pass --recipe with"),

@@ -104,7 +104,7 @@ def find_bundles(path: Path) -> Kept:
     faults = _faults(run)
     if not found and faults:
         raise BundleError(
-            f"{faults} updates of {run} were condemned, and none of them was kept",
+            f"{faults} {'update' if faults == 1 else 'updates'} of {run} condemned, and none kept",
             hint="runs on several ranks and on a full disk keep none; run it again on one rank",
         )
     going = f"{run} is still going; " if _is_going(run) else ""
