@@ -28,8 +28,9 @@ import torch
 from torch import nn
 
 from floatline.diagnose.room import Room
-from floatline.errors import BundleError
+from floatline.errors import BundleError, PrecisionError
 from floatline.files import write_whole
+from floatline.precision import Policy
 from floatline.step.sentinel import Judged, Rerun
 from floatline.step.step import TrainStep
 from floatline.step.verdict import Skip
@@ -236,8 +237,9 @@ def load_bundle(path: str | Path) -> Bundle:
         reruns = tuple(Rerun(rerun["batch"], tuple(rerun["random"])) for rerun in values.pop("reruns"))
         bundle = Bundle(reruns=reruns, **values)
         _check(bundle)
-    except (TypeError, KeyError) as error:
-        raise BundleError(f"{file} is no bundle: {error}", hint="pass a directory below findings/ of a run") from error
+    except (TypeError, KeyError, PrecisionError) as error:
+        said = getattr(error, "message", error)
+        raise BundleError(f"{file} is no bundle: {said}", hint="pass a directory below findings/ of a run") from error
     return bundle
 
 
@@ -246,6 +248,7 @@ def _check(bundle: Bundle) -> None:
 
     Raises:
         TypeError: That.
+        PrecisionError: Its policy.
     """
     for name, kind in _KINDS.items():
         if not isinstance(value := getattr(bundle, name), kind):
@@ -257,6 +260,11 @@ def _check(bundle: Bundle) -> None:
     ]
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise TypeError("not all of its weights, buffers and random states are tensors")
+    if not all(tensor.dtype == torch.uint8 for rerun in bundle.reruns for tensor in rerun.random):
+        raise TypeError("its random states are none")
+    if bundle.loss_scale is not None and not 0.0 < bundle.loss_scale < float("inf"):
+        raise TypeError(f"its loss_scale is {bundle.loss_scale}")
+    Policy.parse(bundle.precision)
     if not all(isinstance(place, int) and 0 <= place < len(bundle.reruns) for place in bundle.suspects):
         raise TypeError(f"its suspects are {bundle.suspects}, of {len(bundle.reruns)} micro-batches")
 

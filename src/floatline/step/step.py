@@ -110,7 +110,6 @@ class TrainStep:
         self.schedule = make_schedule(schedule, self.optimizer)
         self._prepared = prepared
         self._names = ParameterNames(model, self.masters)
-        self._interruption = Interruption(model, self.optimizer, self.stack.find("sharding") is not None)
         self._in_backward: Any = self.optimizer if hasattr(self.optimizer, "before_backward") else None
         self._make_guard(guard)
 
@@ -124,12 +123,14 @@ class TrainStep:
         self.agreement = Agreement(self.model, self.ranks, self.device)
         self.monitor: GradientMonitor | None = None
         self.buffers = LiveBuffers(self.model)
+        sharded = self.stack.find("sharding") is not None
+        self._interruption = Interruption(self.model, self.optimizer, self.buffers, sharded)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
         carries = any(self.stack.find(name) is not None for name in ("master_weights", "kahan", "stochastic_rounding"))
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
         self.rollback = Rollback(guard, self.model, self, self.agreement.any)
-        together = self.stack.find("sharding") is not None or self.agreement.wrapped
+        together = sharded or self.agreement.wrapped
         self._early = guard.reads_early(self.device, together)
 
     def __call__(self, batch: Batch | list[Batch]) -> StepOutput:

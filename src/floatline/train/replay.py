@@ -199,6 +199,15 @@ def _replay(bundle: Bundle, recipe: Recipe, source: Path) -> Replay:
             f"update {bundle.update} cannot be diagnosed: out of GPU memory",
             hint="a diagnosis keeps more than a step does; on the CPU: CUDA_VISIBLE_DEVICES= floatline diagnose ...",
         ) from error
+    except BundleError:
+        raise
+    except Exception as error:  # of the model's own code, on a batch that it does not know
+        lacking = f"; the bundle is without {', '.join(bundle.left_out)}" if bundle.left_out else ""
+        said = f"{type(error).__name__}: {getattr(error, 'message', error)}".splitlines()[0]
+        raise BundleError(
+            f"update {bundle.update} cannot be run again: {said}{lacking}",
+            hint="build the model as the run did: the same code, the same versions",
+        ) from error
 
 
 def _checkpoint_of(bundle: Bundle, home: Path) -> Path | None:

@@ -16,5 +16,5 @@ from corpus import (
 )
 from corpus.cases import FAULTS, HEALTHY, Fault, Healthy
 
-__all__ = ["FAULTS", "HEALTHY", "Fault", "Healthy", "attention", "backward", "domains", "functions", "given", "half",
-           "healthy", "models", "optimizers", "structure", "unseen"]  # fmt: skip
+__all__ = ["FAULTS", "HEALTHY", "Fault", "Healthy", "attention", "backward", "domains", "functions", "given", "groups",
+           "half", "healthy", "models", "optimizers", "structure", "unseen"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Losses over groups, paths and pairs: a group without members, a path that is closed, a value from outside of torch."""
+"""Losses over groups, paths and pairs: a group without members, a closed path, a value from outside of torch."""
 
 import math
 
