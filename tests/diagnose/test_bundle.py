@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
@@ -194,6 +196,38 @@ def test_nothing_runs_from_a_file_that_is_no_bundle(tmp_path, content):
     with pytest.raises(BundleError):
         load_bundle(path)
     assert not os.path.exists("/tmp/floatline-was-here")
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [("update", "x", "its update is a str"),
+                                                      ("weights", {"a": 1}, "are tensors"),
+                                                      ("suspects", (7,), "its suspects are \\(7,\\), of 2"),
+                                                      ("buffers", [1], "its buffers is a list"),
+                                                      ("versions", None, "its versions is a NoneType")])  # fmt: skip
+def test_a_field_of_another_kind_is_refused(tmp_path, field, value, said):
+    file = save_bundle(failed(step_of()), tmp_path) / FILE
+    torch.save({**torch.load(file, weights_only=True), field: value}, file)
+    with pytest.raises(BundleError, match=said):
+        load_bundle(file)
+
+
+def test_any_damage_is_a_bundle_error(tmp_path):
+    file = save_bundle(failed(step_of()), tmp_path) / FILE
+    with zipfile.ZipFile(file) as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        body = bytearray(members[pickled])
+        body[draw.randrange(len(body))] = draw.randrange(256)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as damaged:
+            for name, content in members.items():
+                damaged.writestr(name, bytes(body) if name == pickled else content)
+        try:
+            load_bundle(file)
+        except BundleError:
+            refused += 1
+    assert refused > 20
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -276,6 +276,35 @@ def test_what_cannot_be_diagnosed_is_refused(forward, model, message):
         fl.diagnose(forward, model)
 
 
+@pytest.mark.parametrize(("optimizer", "said"), [("adam", "str"), (torch.optim.Adam, "Adam")])
+def test_what_is_no_optimizer_is_refused(optimizer, said):
+    model = nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match=f"optimizer is {said}"):
+        fl.diagnose(lambda: model(torch.ones(1, 1)).sum(), model, optimizer)
+
+
+def test_a_loss_from_outside_of_torch_is_told_though_no_op_made_it():
+    finding = fl.diagnose(lambda: torch.tensor(NAN), nn.Linear(1, 1))
+    assert (finding.phase, finding.op, finding.location) == ("forward", "", None)
+    assert str(finding).startswith("forward: the loss\n  cause   the loss is not finite, and no op under watch")
+    assert finding.headline.startswith("forward: the loss is not finite")
+
+
+def test_evidence_names_the_parameter_that_went_in():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1e5)
+
+    def forward():
+        with torch.autocast("cpu", torch.float16):
+            return model(torch.ones(1, 2)).float().sum()
+
+    finding = fl.diagnose(forward, model)
+    assert (finding.op, finding.cause) == ("_to_copy", "a cast of 1e+05, and float16 ends at 65504")
+    assert "self is 0.weight" in finding.evidence.notes
+    assert not any("bits below the end" in note for note in finding.evidence.notes)  # it is beyond it
+
+
 def test_a_finding_prints_and_becomes_json():
     import json
 

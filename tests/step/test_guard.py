@@ -153,7 +153,10 @@ def test_stop_stops_at_the_first():
 
 @pytest.mark.parametrize(("key", "value", "said"), [("on_fault", "ignore", "skip, rollback, stop, heal"),
                                                     ("check", "never", "auto, before-backward"),
-                                                    ("max_rollbacks", 0, "1 or more")])  # fmt: skip
+                                                    ("max_rollbacks", 0, "1 or more"), ("max_rollbacks", None, "1 or"),
+                                                    ("snapshot_every", 2.5, "whole"), ("snapshot_every", True, "1 or"),
+                                                    ("max_faults", "5", "1 or more, or None"),
+                                                    ("sample_every", NAN, "or None")])  # fmt: skip
 def test_settings_are_checked(key, value, said):
     with pytest.raises(ConfigError, match=rf"guard\.{key} is .*\nhint: .*{said}"):
         fl.Guard(**{key: value})
@@ -209,9 +212,29 @@ def test_weights_are_finite_after_any_sequence(values):
     assert step.sentinel.skipped == sum(not math.isfinite(v) or v == 1e38 for v in values)
 
 
-def test_limits_are_checked():
-    with pytest.raises(ConfigError, match=r"guard\.max_faults_in_a_row is 0"):
-        fl.Guard(max_faults_in_a_row=0)
+@pytest.mark.parametrize("guard", ["skip", {"on_fault": "skip"}, fl.Guard])
+def test_a_guard_that_is_none_is_refused_before_the_model_is_touched(guard):
+    model = nn.Linear(3, 1)
+    with pytest.raises(ConfigError, match=r"guard is .*\nhint: give fl\.Guard"):
+        fl.TrainStep(model, torch.optim.SGD(model.parameters()), "bf16-true", guard=guard)
+    assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(3e38), torch.tensor(3e38, dtype=torch.float64), torch.tensor(-2e38)])
+def test_numbers_that_are_finite_are_so_also_where_their_sum_is_not(loss):
+    norm, buffers = torch.tensor(3e38), torch.tensor(0.0)
+    sentinel = Sentinel(fl.Guard(), loss_scaling=False)
+    assert sentinel.judge(loss, norm) and sentinel.judge(loss, norm, buffers)
+    assert sentinel.record(Judged(1, Readback.of([loss, norm, buffers]))) is None and sentinel.noted == 0
+    for each in (
+        (loss, norm, NAN),
+        (loss, NAN, 0.0),
+        (NAN, norm, 0.0),
+        (loss, INF, 0.0),
+        (-INF, torch.tensor(INF), 0.0),
+    ):
+        loss_now, norm_now, buffers_now = map(torch.as_tensor, each)
+        assert not sentinel.judge(loss_now, norm_now, buffers_now)
 
 
 def test_counters_survive_a_checkpoint():

@@ -378,6 +378,10 @@ def test_advice_is_of_the_runs_own_norms(model: Layers) -> None:
         ({"every": 0}, "every is 0", "1"),
         ({"elements_every": -2}, "elements_every is -2", "1"),
         ({"history": 7}, "history is 7", "8 points"),
+        ({"max_grad_norm": "1"}, "max_grad_norm is '1'", "positive"),
+        ({"every": None}, "every is None", "1"),
+        ({"elements_every": 2.5}, "elements_every is 2.5", "1"),
+        ({"history": "all"}, "history is 'all'", "8 points"),
         ({"per": "layers"}, "per is 'layers'", "did you mean 'layer'"),
     ],
 )
@@ -385,6 +389,25 @@ def test_settings_are_checked(model: Layers, settings: dict, said: str, hint: st
     with pytest.raises(ConfigError, match=said) as caught:
         fl.GradientMonitor(model, **settings)
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("model", [None, "model", nn.Linear])
+def test_what_is_no_module(model: object) -> None:
+    with pytest.raises(ConfigError, match="model is a ") as caught:
+        fl.GradientMonitor(model)
+    assert "torch.nn.Module" in caught.value.hint
+
+
+def test_norms_from_elsewhere(model: Layers) -> None:
+    monitor = fl.GradientMonitor(model)
+    with pytest.raises(ConfigError, match="norms is a float") as caught:
+        monitor.check(3.0)
+    assert "norms_of" in caught.value.hint and monitor.step == 0
+
+
+def test_a_scale_that_has_fallen_to_zero_leaves_nothing_of_the_gradients(model: Layers) -> None:
+    backward(model, 0.0)
+    assert not fl.GradientMonitor(model).check(scale=torch.tensor(0.0)).finite
 
 
 def test_a_module_without_parameters() -> None:

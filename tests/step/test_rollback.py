@@ -7,10 +7,18 @@ import torch
 from torch import nn
 
 import floatline as fl
-from floatline.errors import NonFiniteError
+from floatline.errors import FloatlineWarning, NonFiniteError
 from floatline.step.readback import Readback
 
 NAN = float("nan")
+
+
+def test_heal_without_anybody_who_diagnoses_goes_back_and_says_so_once():
+    step = make(on_fault="heal", max_rollbacks=9)
+    with pytest.warns(FloatlineWarning, match=r"loss was nan at update 1; guard.on_fault is heal, but nobody") as told:
+        for _ in range(2):
+            assert step(torch.full((4, 3), NAN)).rolled_back_to == 0
+    assert len(told) == 1
 
 
 class Counter:
@@ -34,7 +42,7 @@ def make(precision="32-true", **guard):
         torch.optim.AdamW(model.parameters(), lr=0.01),
         precision,
         loss=lambda m, b: m(b).float().square().mean(),
-        guard=fl.Guard(on_fault="rollback", **{"snapshot_every": 4, **guard}),
+        guard=fl.Guard(**{"on_fault": "rollback", "snapshot_every": 4, **guard}),
         schedule=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=50),
     )
 

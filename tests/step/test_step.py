@@ -253,6 +253,28 @@ def test_a_micro_batch_without_targets_does_not_spoil_the_others():
     assert not bool(steps[1]([micro[1], micro[1]]).applied)  # no targets at all: shown as what it is, and skipped
 
 
+def test_an_update_that_raises_leaves_running_statistics_as_they_were():
+    """Also where it ends before its first forward: what was kept then is the update's before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    calls = []
+
+    def loss(model, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise RuntimeError("a bad sample")
+        return model(*batch).square().mean()
+
+    step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "32-true", loss=loss)
+    step((torch.randn(4, 2),))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for batch, error in (([(torch.randn(4, 2),), (torch.randn(4, 2),)], RuntimeError), ([], ConfigError)):
+        with pytest.raises(error):
+            step(batch)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert bool(step((torch.randn(4, 2),)).applied) and model[0].num_batches_tracked == 2
+
+
 def test_an_update_that_raises_leaves_no_gradients_behind():
     model = net()
     calls = []

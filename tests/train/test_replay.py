@@ -149,10 +149,27 @@ def _other_weights(run):
     return run
 
 
+def _other_batch(run):
+    _rerun_with(run, {"pixels": torch.ones(1)})
+    return run
+
+
+def _no_batch_at_all(run):
+    _rerun_with(run, 3)
+    return run
+
+
+def _rerun_with(run, batch):
+    values = torch.load(run / UPDATE / "bundle.pt", weights_only=True)
+    rewritten(run, reruns=[{**rerun, "batch": batch} for rerun in values["reruns"]])
+
+
 @pytest.mark.parametrize(("make", "said", "hint"), [
+    (_other_batch, "update 2 cannot be run again: ", "the same code, the same versions"),
+    (_no_batch_at_all, "update 2 cannot be run again: ConfigError: a batch must be a dict", "the same code"),
     (_gone, "does not exist", "pass a run directory"),
     (_empty, "is no run or bundle", "pass a run directory"),
-    (_none_kept, "1 updates of {run} were condemned, and none of them was kept", "run it again on one rank"),
+    (_none_kept, "1 update of {run} condemned, and none kept", "run it again on one rank"),
     (_truncated, "bundle.pt", "cut short"),
     (_without_recipe, "has no recipe two directories up", "--recipe RUN/recipe.yaml"),
     (_model_moved, "model.path=/nowhere/model: no such directory (named by {run}/recipe.yaml)", "pass --recipe with"),

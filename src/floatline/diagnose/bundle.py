@@ -28,8 +28,9 @@ import torch
 from torch import nn
 
 from floatline.diagnose.room import Room
-from floatline.errors import BundleError
+from floatline.errors import BundleError, PrecisionError
 from floatline.files import write_whole
+from floatline.precision import Policy
 from floatline.step.sentinel import Judged, Rerun
 from floatline.step.step import TrainStep
 from floatline.step.verdict import Skip
@@ -40,6 +41,10 @@ FINDING = "finding.json"
 MANIFEST = "manifest.json"
 MOST_BYTES = 2**31
 _TENSORS = (torch.Tensor, nn.Parameter)
+_KINDS: Mapping[str, Any] = {
+    "update": int, "what": str, "reason": str, "suspects": tuple, "precision": str, "loss_scale": float | None,
+    "weights": dict | None, "buffers": dict, "checkpoint": str, "late": bool, "left_out": tuple, "versions": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +183,20 @@ def save_bundle(bundle: Bundle, directory: Path) -> Path:
         shutil.rmtree(final, ignore_errors=True)  # of an update that was made again after a rollback
         temporary.rename(final)
     except (OSError, RuntimeError, TypeError, pickle.PicklingError) as error:
+        free = _free(directory)  # torch's writer does not say that the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise BundleError(
-            f"the bundle of update {bundle.update} could not be written to {directory}: {error}",
+            f"the bundle of update {bundle.update} could not be written to {directory}: {error}{free}",
             hint="make room there; the run itself goes on",
         ) from error
     return final
+
+
+def _free(directory: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB were free on that disk)"
+    except OSError:
+        return ""
 
 
 def _manifest(bundle: Bundle) -> dict[str, Any]:
@@ -215,16 +228,45 @@ def load_bundle(path: str | Path) -> Bundle:
             f"{file} is not loaded: it is damaged, or holds something other than tensors and plain values",
             hint="nothing in it was run; take the bundle from the run that made it",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damaged bytes may raise anything in the unpickler
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(f"{file} cannot be read: {said}", hint="it may be cut short") from error
     if not isinstance(values, dict) or values.pop("version", None) != VERSION:
         raise BundleError(f"{file} is no bundle of version {VERSION}", hint="read it with the Floatline that wrote it")
     try:
         reruns = tuple(Rerun(rerun["batch"], tuple(rerun["random"])) for rerun in values.pop("reruns"))
-        return Bundle(reruns=reruns, **values)
-    except (TypeError, KeyError) as error:
-        raise BundleError(f"{file} is no bundle: {error}", hint="pass a directory below findings/ of a run") from error
+        bundle = Bundle(reruns=reruns, **values)
+        _check(bundle)
+    except (TypeError, KeyError, PrecisionError) as error:
+        said = getattr(error, "message", error)
+        raise BundleError(f"{file} is no bundle: {said}", hint="pass a directory below findings/ of a run") from error
+    return bundle
+
+
+def _check(bundle: Bundle) -> None:
+    """Say what is not as `save_bundle` writes it; a file from elsewhere may hold anything.
+
+    Raises:
+        TypeError: That.
+        PrecisionError: Its policy.
+    """
+    for name, kind in _KINDS.items():
+        if not isinstance(value := getattr(bundle, name), kind):
+            raise TypeError(f"its {name} is a {type(value).__name__}")
+    tensors = [
+        *(bundle.weights or {}).values(),
+        *bundle.buffers.values(),
+        *(t for r in bundle.reruns for t in r.random),
+    ]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise TypeError("not all of its weights, buffers and random states are tensors")
+    if not all(tensor.dtype == torch.uint8 for rerun in bundle.reruns for tensor in rerun.random):
+        raise TypeError("its random states are none")
+    if bundle.loss_scale is not None and not 0.0 < bundle.loss_scale < float("inf"):
+        raise TypeError(f"its loss_scale is {bundle.loss_scale}")
+    Policy.parse(bundle.precision)
+    if not all(isinstance(place, int) and 0 <= place < len(bundle.reruns) for place in bundle.suspects):
+        raise TypeError(f"its suspects are {bundle.suspects}, of {len(bundle.reruns)} micro-batches")
 
 
 def write_finding(path: Path, finding: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 from floatline.diagnose.finding import Finding
 from floatline.diagnose.kept import SavingWrites, Written, everything_kept
 from floatline.diagnose.names import Names
-from floatline.diagnose.telling import bad_before, first_of, tell
+from floatline.diagnose.telling import bad_before, first_of, tell, untraced
 from floatline.errors import ConfigError
 from floatline.observe.finite import Kind, Origin, Watch, backward, is_bad, watching
 from floatline.observe.real import tensors_in
@@ -56,7 +56,8 @@ def diagnose(
         The finding; None where loss, gradients, weights and buffers are finite.
 
     Raises:
-        ConfigError: `forward` is not callable or returns no scalar tensor, or `model` is no module or a lazy one.
+        ConfigError: `forward` is not callable or returns no scalar tensor, `model` is no module or a lazy one, or
+            `optimizer` is no optimizer.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -68,6 +69,9 @@ def diagnose(
         raise ConfigError(f"forward is a {type(forward).__name__}", hint="pass a function: lambda: loss(model(x), y)")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}", hint="pass the torch.nn.Module that forward runs")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise ConfigError(f"optimizer is {name}", hint="pass the torch.optim.Optimizer that steps the model, or None")
     unmade = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
     if unmade:
         raise ConfigError(f"{unmade[0]} has no values yet", hint="run the model once on a batch, then diagnose it")
@@ -113,7 +117,7 @@ class Diagnosis:
         if damage is None:
             return bad_before(self.model)
         if not damage.origins:
-            return None
+            return untraced(damage.phase, damage.tensor)
         origin = first_of(damage.origins)
         return tell(origin, damage.phase, damage.tensor, self.model, self.names, self.replay if cures else None)
 

@@ -70,7 +70,7 @@ class Finding:
     Attributes:
         phase: "input", "parameter", "buffer", "forward", "backward" or "optimizer".
         op: Name of the aten op, without overload; for the backward the forward op whose derivative is at fault, of a
-            user-written autograd Function its name. Of a bad input, the op that met it first.
+            user-written autograd Function its name. Of a bad input, the op that met it first; "" where no op did.
         module: Dotted name in the model, "" at the top.
         location: The user's line, with `.file`, `.line` and `.code`; None where no line of theirs was on the stack.
         cause: What went wrong, one sentence.
@@ -97,8 +97,11 @@ class Finding:
     @property
     def headline(self) -> str:
         """Phase, op, module and cause in one line."""
-        where = f" of {self.module}" if self.module else ""
-        return f"{self.phase}: {self.op}{where}: {self.cause}"
+        return f"{self.phase}: {self._where}: {self.cause}" if self._where else f"{self.phase}: {self.cause}"
+
+    @property
+    def _where(self) -> str:
+        return " of ".join(filter(None, (self.op, self.module)))
 
     @property
     def counterfactual(self) -> Counterfactual | None:
@@ -107,8 +110,7 @@ class Finding:
         return max(reversed(self.tried), key=lambda tried: order[tried.cured], default=None)
 
     def __str__(self) -> str:
-        where = f" of {self.module}" if self.module else ""
-        lines = [f"{self.phase}: {self.op}{where}" + (f", {self.tensor}" if self.tensor else "")]
+        lines = [f"{self.phase}: " + (", ".join(filter(None, (self._where, self.tensor))) or "the loss")]
         lines += [f"  at      {self.location}"] if self.location else []
         lines += [f"  samples {', '.join(map(str, self.samples[:8]))}"] if self.samples else []
         lines += [f"  cause   {self.cause}"]

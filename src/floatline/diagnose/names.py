@@ -61,6 +61,10 @@ class Names:
             return self._known[key]
         return "input", next((name for name, other in self.variables.items() if storage_of(other) == key), "")
 
+    def known(self, storage: int | None) -> str:
+        """Return the name of a parameter, buffer or argument of the model by its storage, "" where it is none."""
+        return self._known[storage][1] if storage in self._known else ""
+
     @contextmanager
     def of_arguments(self, model: nn.Module) -> Iterator[None]:
         """Learn the names of the tensors that the model is called with, inside."""

@@ -70,7 +70,8 @@ def replay(bundle: Bundle, step: TrainStep) -> Replay:
     """
     suspects = [p for p in bundle.suspects or range(len(bundle.reruns)) if bundle.reruns[p].batch is not None]
     if not suspects:
-        return Replay(update=bundle.update, outcome="not run", note=f"there is no batch to run; {_missing(bundle)}")
+        note = "; ".join(filter(None, ("there is no batch to run", _missing(bundle))))
+        return Replay(update=bundle.update, outcome="not run", note=note)
     for place in suspects:
         finding = diagnose_rerun(step, bundle.reruns[place])
         if finding is not None:

@@ -60,7 +60,7 @@ def tell(origin: Origin, phase: str, tensor: str, model: nn.Module, names: Names
         location=origin.spot.user,
         cause=cause.text,
         cause_name=cause.name,
-        evidence=_evidence(origin),
+        evidence=_evidence(origin, names),
         remedy=(f"{line.file}:{line.line}: " if line else "") + cause.remedy,
         tried=tried,
         tensor=tensor if phase == "optimizer" else "",
@@ -137,8 +137,32 @@ def bad_before(model: nn.Module) -> Finding | None:
     return None
 
 
-def _evidence(origin: Origin) -> Evidence:
+def untraced(phase: str, tensor: str) -> Finding:
+    """Return a finding about damage that no op under watch has made and nobody had given.
+
+    Args:
+        phase: Of the damage.
+        tensor: What is damaged, by name; "" for the loss.
+    """
+    what = {"forward": tensor or "the loss", "backward": f"the gradient of {tensor}"}.get(phase, tensor)
+    return Finding(
+        phase=phase,
+        op="",
+        module=tensor.rpartition(" ")[2].rpartition(".")[0],
+        location=None,
+        cause=f"{what} is not finite, and no op under watch has made it so: its values come from outside of torch",
+        cause_name="made outside of torch",
+        evidence=Evidence(),
+        remedy="look at where values leave torch's ops: float(), item(), numpy, a kernel of your own",
+        tensor=tensor,
+    )
+
+
+def _evidence(origin: Origin, names: Names) -> Evidence:
     notes = []
+    for label, storage in origin.storages.items():
+        if called := names.known(storage):
+            notes.append(f"{label} is {called}")
     if origin.spot.library is not None:
         notes.append(f"inside a library: {origin.spot.library}")
     if origin.derivative and origin.ran != origin.spot.op:
@@ -155,7 +179,7 @@ def _evidence(origin: Origin) -> Evidence:
 
 def _room(item: Numbers) -> str:
     bits, limit = item.headroom_bits, limit_of(item.dtype)
-    if bits is None or limit is None or bits > 4:
+    if item.bad or bits is None or limit is None or bits > 4:
         return ""
     return f"{item.name} is {bits:.1f} bits below the end of {item.dtype} ({limit:.5g})"
 

@@ -98,7 +98,7 @@ def summarize(run: RunData) -> Summary:
         status=as_text(run.info.get("status")),
         precision=precision_of(run),
         updates=run.steps[-1].step if run.steps else 0,
-        skipped=sum(not step.applied for step in run.steps),
+        skipped=_skipped(run),
         overflows=overflows,
         faults=len(run.faults) - overflows,
         train_loss=sum(tail) / len(tail) if tail else NAN,
@@ -159,6 +159,12 @@ def resumed_at(run: RunData) -> list[int]:
 def status_words(status: str) -> tuple[str, str, str]:
     """Return symbol, tone and words of a status; the words have a place for how many updates were made."""
     return STATUSES.get(status, UNKNOWN_STATUS)
+
+
+def _skipped(run: RunData) -> int:
+    """Return how many updates were not made; one that a rollback took back was made again later."""
+    refused = sum(fault.action != "leave out" for fault in run.faults)
+    return max(refused, sum(not step.applied for step in run.steps))
 
 
 def verdict(summary: Summary) -> str:

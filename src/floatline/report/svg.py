@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,9 @@ def render(name: str, paint: Callable[[Axes], None], *, alt: str, width: float =
         axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else number_text(value, 4))
         paint(axes)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="constrained_layout not applied")  # drawn without it then
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _themed(file.getvalue(), name, alt)
 
 

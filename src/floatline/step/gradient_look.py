@@ -77,7 +77,10 @@ class Look:
         """
         numbers, count = self.numbers.tolist(), len(self.names)
         scale_read = len(numbers) > (3 if self.closer else 1) * count
-        factor = 1.0 / (numbers.pop() if scale_read else self.scale or 1.0)
+        carried = numbers.pop() if scale_read else self.scale or 1.0
+        factor = (
+            1.0 / carried if carried else math.inf
+        )  # a scale that has fallen to 0: nothing of the gradients is left
         each = [value * factor for value in numbers[:count]]
         total = math.sqrt(sum(norm * norm for norm in each))
         report = GradientReport(

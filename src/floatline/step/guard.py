@@ -6,6 +6,7 @@ What it does is in sentinel.py (verdicts), live_buffers.py, snapshot.py (rollbac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,15 @@ from floatline.errors import ConfigError
 
 OnFault = Literal["skip", "rollback", "stop", "heal"]
 Check = Literal["auto", "before-backward", "after-backward"]
+_LIMITS = {
+    "max_faults_in_a_row": False,
+    "max_faults": True,
+    "max_overflows_in_a_row": False,
+    "max_rollbacks": False,
+    "snapshot_every": False,
+    "sample_every": True,
+}
+"""Each limit, and whether it may be None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +32,8 @@ class Guard:
 
     Args:
         on_fault: "skip" leaves the update out; "rollback" goes back to the last snapshot as well; "stop" ends the run
-            at the first; "heal" goes back, diagnoses, and applies the remedy that cured the replay.
+            at the first; "heal" goes back, diagnoses, and applies the remedy that cured the replay: `floatline train`
+            does; in a loop of your own nobody diagnoses, so it goes back and warns.
         check: When the loss is looked at. "before-backward" reads it and leaves out the one micro-batch, which on
             CUDA waits for the device; "after-backward" condemns the whole update; "auto" is the first on CPU and the
             second on CUDA.
@@ -36,7 +47,7 @@ class Guard:
         sample_every: Updates between looks for silent trouble (silent.py); None never looks.
 
     Raises:
-        ConfigError: A limit below 1, or a word that is not known.
+        ConfigError: A limit that is no whole number of 1 and more, or a word that is not known.
     """
 
     on_fault: OnFault = "skip"
@@ -49,11 +60,13 @@ class Guard:
     sample_every: int | None = 100
 
     def __post_init__(self) -> None:
-        for name in ("max_faults_in_a_row", "max_faults", "max_overflows_in_a_row", "max_rollbacks", "snapshot_every",
-                     "sample_every"):  # fmt: skip
+        for name, may_be_none in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"guard.{name} is {value}", hint="give 1 or more")
+            if value is None and may_be_none:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                none = ", or None" if may_be_none else ""
+                raise ConfigError(f"guard.{name} is {value!r}", hint=f"give a whole number, 1 or more{none}")
         for name, allowed in (("on_fault", get_args(OnFault)), ("check", get_args(Check))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"guard.{name} is {getattr(self, name)!r}", hint=f"allowed: {', '.join(allowed)}")

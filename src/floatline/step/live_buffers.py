@@ -36,6 +36,7 @@ class LiveBuffers:
         self._live: list[_Place] = []
         self._quiet: list[tuple[_Place, torch.Tensor, int, torch.Tensor | None]] | None = None
         self._kept: list[_Kept] = []  # the buffer's object and its value, before the update
+        self._open = False  # an update has begun and is not settled
         self._marked: list[_Kept] = []  # the same, before the last forward of several
 
     def keep(self) -> None:
@@ -44,6 +45,7 @@ class LiveBuffers:
             self._begin()
         self._marked = []
         self._kept = self._copied(self._kept)
+        self._open = True
 
     def mark(self) -> None:
         """Copy the buffers before a further forward of the update, which may be left out alone."""
@@ -80,11 +82,17 @@ class LiveBuffers:
 
     def settle(self, finite: torch.Tensor | bool) -> None:
         """Put back what was kept unless `finite`; on CUDA by select, without waiting. Call it after the verdict."""
+        self._open = False
         if self._quiet:
             self._learn()
         waits = isinstance(finite, torch.Tensor) and finite.is_cuda
         if self._kept and (waits or not finite):
             self._put_back(self._kept, finite if waits else False)
+
+    def give_up(self) -> None:
+        """Put back what an update has written that an exception has ended, if it had begun to write."""
+        if self._open:
+            self.settle(False)
 
     @torch.no_grad()
     def _put_back(self, kept: list[_Kept], finite: torch.Tensor | bool) -> None:

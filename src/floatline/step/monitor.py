@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class GradientMonitor:
         warn: Warn of the first large norm; False where the caller looks at the reports.
 
     Raises:
-        ConfigError: A setting is out of range, or the model has no parameters.
+        ConfigError: A setting is out of range, or `model` is no module or has no parameters.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -93,13 +94,17 @@ class GradientMonitor:
         lag: bool = False,
         warn: bool = True,
     ) -> None:
-        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-            raise ConfigError(f"max_grad_norm is {max_grad_norm}", hint="give a positive number, or None")
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model is a {type(model).__name__}", hint="give the torch.nn.Module that is being trained"
+            )
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and 0 < max_grad_norm < math.inf):
+            raise ConfigError(f"max_grad_norm is {max_grad_norm!r}", hint="give a positive number, or None")
         for name, value in (("every", every), ("elements_every", elements_every)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}", hint="give 1 (look at every update) or more")
-        if history < 8:
-            raise ConfigError(f"history is {history}", hint="give 8 points or more")
+            if not isinstance(value, Integral) or value < 1:
+                raise ConfigError(f"{name} is {value!r}", hint="give 1 (look at every update) or more")
+        if not isinstance(history, Integral) or history < 8:
+            raise ConfigError(f"history is {history!r}", hint="give 8 points or more")
         if per not in _PER:
             raise ConfigError(f"per is {per!r}", hint=did_you_mean(str(per), _PER))
         self.model = model
@@ -140,8 +145,10 @@ class GradientMonitor:
             The report of this update; with `lag=True` that of the update before.
 
         Raises:
-            ConfigError: `scale` is no positive number.
+            ConfigError: `scale` is no positive number, or `norms` something else.
         """
+        if norms is not None and not isinstance(norms, GradientNorms):
+            raise ConfigError(f"norms is a {type(norms).__name__}", hint="give what floatline.step.norms_of returned")
         self.step += 1
         if norms is None and not any(p.grad is not None for _, p in self._named):
             self.refresh()  # they may have been replaced since

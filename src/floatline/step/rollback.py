@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from floatline.errors import NonFiniteError
+from floatline.errors import FloatlineWarning, NonFiniteError
 from floatline.step.guard import Guard
 from floatline.step.sentinel import Sentinel
 from floatline.step.snapshot import Snapshot, Stateful
 from floatline.step.verdict import Skip
+
+NOBODY_HEALS = (
+    "guard.on_fault is heal, but nobody diagnoses here (floatline train does, on one rank): it only goes back"
+)
 
 
 class Rollback:
@@ -80,6 +85,8 @@ class Rollback:
         """
         if skip is None or not skip.fault or skip.made or not self._guard.goes_back:
             return None
+        if self._guard.on_fault == "heal" and sentinel.on_fault is None and not self.total:
+            warnings.warn(f"{skip.reason}; {NOBODY_HEALS}", FloatlineWarning, stacklevel=2)
         counted = sentinel.counts()
         back = self.go_back(skip)
         sentinel.load_state_dict(counted)

@@ -110,9 +110,12 @@ class Sentinel:
 
     @staticmethod
     def judge(loss: torch.Tensor, grad_norm: torch.Tensor, buffers: torch.Tensor | None = None) -> torch.Tensor:
-        """Return a 0-d bool tensor: all finite. Adding is enough, since inf - inf and NaN are not finite either."""
-        total = loss + grad_norm if buffers is None else loss + grad_norm + buffers
-        return torch.isfinite(total)
+        """Return a 0-d bool tensor: all finite.
+
+        What is added is 0 times the norm, NaN where that is not finite: the sum of two numbers that are may not be.
+        """
+        total = torch.add(loss, grad_norm, alpha=0)
+        return torch.isfinite(total if buffers is None else total + buffers)
 
     def make_update(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
         """Run `optimizer.step()` if the verdict is good, without waiting where the optimizer can select."""
@@ -151,8 +154,7 @@ class Sentinel:
         numbers = judged.reading.tolist()
         if judged.scale_read:
             judged.scale = numbers.pop()
-        total = sum(numbers)
-        finite = total - total == 0.0  # by the same rule as `judge`, without a call
+        finite = all(number - number == 0.0 for number in numbers)  # by the same rule as `judge`
         if judged.left_out and (finite or not judged.made):
             return self._note(self._left_out(judged, numbers), judged)
         if finite:

@@ -68,8 +68,8 @@ class TrainStep:
 
     Raises:
         PrecisionError: The policy is malformed, illegal on the hardware, or does not fit the model.
-        ConfigError: `max_grad_norm` is not positive, the model has nothing to train, a technique cannot be applied, or
-            no hardware has that name.
+        ConfigError: `max_grad_norm` is not positive, `guard` is no Guard, the model has nothing to train, a technique
+            cannot be applied, or no hardware has that name.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -94,6 +94,9 @@ class TrainStep:
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}", hint="give a positive number, or None")
+        guard = Guard() if guard is None else guard
+        if not isinstance(guard, Guard):
+            raise ConfigError(f"guard is {guard!r}", hint='give fl.Guard(on_fault="skip"), or None for the defaults')
         self.model = model
         self.loss = loss or default_loss
         self.max_grad_norm = max_grad_norm
@@ -107,9 +110,8 @@ class TrainStep:
         self.schedule = make_schedule(schedule, self.optimizer)
         self._prepared = prepared
         self._names = ParameterNames(model, self.masters)
-        self._interruption = Interruption(model, self.optimizer, self.stack.find("sharding") is not None)
         self._in_backward: Any = self.optimizer if hasattr(self.optimizer, "before_backward") else None
-        self._make_guard(guard or Guard())
+        self._make_guard(guard)
 
     def _make_guard(self, guard: Guard) -> None:
         """Make what judges, keeps and goes back.
@@ -121,12 +123,14 @@ class TrainStep:
         self.agreement = Agreement(self.model, self.ranks, self.device)
         self.monitor: GradientMonitor | None = None
         self.buffers = LiveBuffers(self.model)
+        sharded = self.stack.find("sharding") is not None
+        self._interruption = Interruption(self.model, self.optimizer, self.buffers, sharded)
         self.sentinel = Sentinel(guard, loss_scaling=self.scaling.active)
         carries = any(self.stack.find(name) is not None for name in ("master_weights", "kahan", "stochastic_rounding"))
         self.silent = SilentTrouble(self.model, guard.sample_every, self.sentinel.alarm, self.buffers, carries)
         self.sentinel.on_number = self.silent.number
         self.rollback = Rollback(guard, self.model, self, self.agreement.any)
-        together = self.stack.find("sharding") is not None or self.agreement.wrapped
+        together = sharded or self.agreement.wrapped
         self._early = guard.reads_early(self.device, together)
 
     def __call__(self, batch: Batch | list[Batch]) -> StepOutput:

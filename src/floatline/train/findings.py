@@ -167,7 +167,8 @@ class Findings:
         except PrecisionError as error:
             self.say(f"{module} cannot become an island now: {error.message}")
             return None
-        reason = f"at update {skip.step} {finding.cause} in {module}; in fp32 the replay was finite"
+        where = f" in {finding.module}" if finding.module else ""
+        reason = f"at update {skip.step} {finding.cause}{where}; with {module} in fp32 the replay was finite"
         return self._changed(skip, "island", "precision", str(policy), reason)
 
     def _math_attention(self, skip: Skip, finding: Finding) -> Cure:

@@ -104,7 +104,7 @@ def find_bundles(path: Path) -> Kept:
     faults = _faults(run)
     if not found and faults:
         raise BundleError(
-            f"{faults} updates of {run} were condemned, and none of them was kept",
+            f"{faults} {'update' if faults == 1 else 'updates'} of {run} condemned, and none kept",
             hint="runs on several ranks and on a full disk keep none; run it again on one rank",
         )
     going = f"{run} is still going; " if _is_going(run) else ""
@@ -198,6 +198,15 @@ def _replay(bundle: Bundle, recipe: Recipe, source: Path) -> Replay:
         raise MemoryExceededError(
             f"update {bundle.update} cannot be diagnosed: out of GPU memory",
             hint="a diagnosis keeps more than a step does; on the CPU: CUDA_VISIBLE_DEVICES= floatline diagnose ...",
+        ) from error
+    except BundleError:
+        raise
+    except Exception as error:  # of the model's own code, on a batch that it does not know
+        lacking = f"; the bundle is without {', '.join(bundle.left_out)}" if bundle.left_out else ""
+        said = f"{type(error).__name__}: {getattr(error, 'message', error)}".splitlines()[0]
+        raise BundleError(
+            f"update {bundle.update} cannot be run again: {said}{lacking}",
+            hint="build the model as the run did: the same code, the same versions",
         ) from error
 
 

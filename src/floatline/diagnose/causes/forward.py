@@ -31,7 +31,8 @@ def _overflow(origin: Origin) -> Cause | None:
     if true <= limit:  # an intermediate sum went over
         text = f"{origin.ran} overflows on the way in {out.dtype}: the result itself, {true:.4g}, would fit"
     else:
-        text = f"{origin.ran} would be {true:.4g}, and {out.dtype} ends at {limit:.5g}"
+        what = "a cast of" if base(origin.ran) == "_to_copy" else f"{origin.ran} would be"
+        text = f"{what} {true:.4g}, and {out.dtype} ends at {limit:.5g}"
     half = out.dtype in HALVES
     if not half:
         remedy = "bound the input (clamp, normalise), or work with logarithms (logsumexp, softplus)"

@@ -73,6 +73,7 @@ class Origin:
         ran: Name of the op that ran; in the backward that of the derivative's formula.
         scalars: Its arguments that are plain numbers.
         inputs: Its tensors before it ran.
+        storages: Argument -> what tells whose memory that tensor is (`storage_of`).
         outputs: After.
         exact: Its result in fp64 on the same inputs; None where that cannot be known.
         saved: In the backward, what the forward op had saved.
@@ -90,6 +91,7 @@ class Origin:
     ran: str
     scalars: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[Numbers, ...] = ()
+    storages: dict[str, int | None] = field(default_factory=dict)
     outputs: tuple[Numbers, ...] = ()
     exact: tuple[Numbers, ...] | None = None
     saved: tuple[Numbers, ...] = ()

@@ -215,6 +215,7 @@ class Watch(TorchDispatchMode):
             ran=ran.name,
             scalars=ran.scalars,
             inputs=_described([(g.label, g.before) for g in ran.inputs]) if full else (),
+            storages={g.label: storage_of(g.tensor) for g in ran.inputs} if full else {},
             outputs=_described([("result", tensor) for tensor in spoilt]) if full else (),
             exact=ran.exact() if len(self.origins) < MOST_EXACT and kind is Kind.FAULT else None,
             saved=blame.saved if blame and full else (),
