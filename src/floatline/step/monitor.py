@@ -98,12 +98,12 @@ class GradientMonitor:
             raise ConfigError(
                 f"model is a {type(model).__name__}", hint="give the torch.nn.Module that is being trained"
             )
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and 0 < max_grad_norm < math.inf):
+        if max_grad_norm is not None and not _is_limit(max_grad_norm):
             raise ConfigError(f"max_grad_norm is {max_grad_norm!r}", hint="give a positive number, or None")
         for name, value in (("every", every), ("elements_every", elements_every)):
-            if not isinstance(value, Integral) or value < 1:
+            if not _is_count(value, 1):
                 raise ConfigError(f"{name} is {value!r}", hint="give 1 (look at every update) or more")
-        if not isinstance(history, Integral) or history < 8:
+        if not _is_count(history, 8):
             raise ConfigError(f"history is {history!r}", hint="give 8 points or more")
         if per not in _PER:
             raise ConfigError(f"per is {per!r}", hint=did_you_mean(str(per), _PER))
@@ -223,3 +223,11 @@ class GradientMonitor:
         self.history.add(report, lambda: self._rows.norms(each))
         if self.warn and report.large and self.history.large_updates == 1:
             warnings.warn(f"{report}; {report.hint}", FloatlineWarning, stacklevel=4)
+
+
+def _is_limit(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < value < math.inf
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and value >= least
