@@ -226,8 +226,8 @@ class GradientMonitor:
 
 
 def _is_limit(value: Any) -> bool:
-    return isinstance(value, Real) and 0 < value < math.inf
+    return isinstance(value, Real) and 0 < float(value) < math.inf
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and value >= least
+    return isinstance(value, Integral) and int(value) >= least
