@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from floatline.audit.candidate import NAMES, Lowered, Lowering
+from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
@@ -30,7 +31,7 @@ from floatline.audit.probes import probe
 from floatline.audit.progress import Progress, ToldPasses
 from floatline.audit.report import AuditReport, Candidate
 from floatline.audit.rows import module_rows, rows_of
-from floatline.audit.subject import Exact, Loss, Subject
+from floatline.audit.subject import Loss, Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.update_report import UpdateReport
 from floatline.audit.updates import audit_updates
@@ -119,7 +120,7 @@ def audit(
     rows, modules = [], []
     for low in lowered:
         items = module_candidates(subject.model, low.judged, frozenset())
-        alone = probe(subject, exacts[0], low.name, mode, items, probes, low.all_lowered.scale)
+        alone = probe(subject, exacts[0], low.name, mode, items, probes, low.all_lowered.scale, low.borders.half_inputs)
         sure = _confidences(subject, exacts, low, allowed, repeats)
         rows += rows_of(low)
         modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from floatline.audit.judging import Judged, explained, judge
+from floatline.audit.metered import Borders
 from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, parents_first, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
@@ -44,6 +45,7 @@ class Lowered:
         gradient_errors: Parameter -> relative error of its gradient with everything lowered.
         stalled_buffers: Running average -> share of it that stands still.
         unmeasured: Ops without an exact result.
+        borders: What was seen at the borders of modules.
         on_cuda: The step ran on a GPU.
         lowering: What has made this, for further policies.
         flagged: Modules with an op that fails by itself.
@@ -64,6 +66,7 @@ class Lowered:
     gradient_errors: Mapping[str, float]
     stalled_buffers: Mapping[str, float]
     unmeasured: Mapping[str, int]
+    borders: Borders
     on_cuda: bool
     lowering: Lowering
     flagged: frozenset[str]
@@ -139,6 +142,7 @@ class Lowering:
             gradient_errors=metered.gradient_errors,
             stalled_buffers=metered.stalled_buffers,
             unmeasured=metered.unmeasured,
+            borders=metered.borders,
             on_cuda=self.subject.device.type == "cuda",
             lowering=self,
             flagged=flagged,

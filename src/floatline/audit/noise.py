@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from floatline.audit.dice import Dice
+from floatline.audit.exact import Exact
 from floatline.audit.report import Noise
-from floatline.audit.subject import Exact, Subject
+from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.precision import Policy
 

@@ -2,23 +2,39 @@
 
 The local error of an op says what it loses; this says what that means for the step. One module costs one step, so the
 most suspected ones are run, up to a number; the rest of a healthy model loses no more than those.
+
+Where a module's inputs arrive in the half format when everything is lowered, they are rounded here too: a norm or a
+softmax by hand computes in the format that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from floatline.audit.candidate import NAMES
+from floatline.audit.exact import Exact
+from floatline.audit.metered import inputs_rounded
 from floatline.audit.modules import parents_first
-from floatline.audit.subject import Exact, Subject
+from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect
 from floatline.audit.trials import Item
 from floatline.errors import PrecisionError
+from floatline.observe.finite import plain_name
 from floatline.precision import Policy
+from floatline.precision.islands import DTYPES
 
 
 def probe(
-    subject: Subject, exact: Exact, name: str, mode: str, items: Sequence[Item], most: int | None, scale: float
+    subject: Subject,
+    exact: Exact,
+    name: str,
+    mode: str,
+    items: Sequence[Item],
+    most: int | None,
+    scale: float,
+    half_inputs: Collection[str] = (),
 ) -> Mapping[str, Effect]:
     """Lower one module at a time.
 
@@ -30,6 +46,7 @@ def probe(
         items: The candidates.
         most: Modules to run; None for all.
         scale: Loss scale.
+        half_inputs: Modules whose inputs are in the half format when everything is lowered.
 
     Returns:
         Module -> effect, the most suspected first.
@@ -38,11 +55,17 @@ def probe(
     found: dict[str, Effect] = {}
     for item in ranked:
         policy = _alone(item.name, name, mode, items)
+        around = partial(_rounded, subject, item.name, name) if item.name in half_inputs else nullcontext
         try:
-            found[item.name] = subject.effect(policy, exact, what="probes", scale=scale)
+            found[item.name] = subject.effect(policy, exact, what="probes", scale=scale, around=around)
         except PrecisionError:  # shares a weight with a module of the other format
             continue
     return found
+
+
+def _rounded(subject: Subject, module: str, name: str) -> AbstractContextManager[None]:
+    found = next(m for n, m in subject.model.named_modules() if plain_name(n) == module)
+    return inputs_rounded(found, DTYPES[name])
 
 
 def _alone(module: str, name: str, mode: str, items: Sequence[Item]) -> Policy:

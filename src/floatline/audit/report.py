@@ -69,6 +69,7 @@ class ModuleRow:
         local_backward: The same of the backward's.
         reached: Relative error of its results in the step that is lowered throughout.
         weight_gradient: Largest relative error of its own parameters' gradients there; None without parameters.
+        input_gradient: The same of the gradients of its inputs; None where they take none.
         headroom: Bits to the format's end, the least of its ops.
         loss_change: Relative change of the loss when only this module is lowered; None where that was not run.
         gradient_change: The same of the gradient.
@@ -85,6 +86,7 @@ class ModuleRow:
     local_backward: float
     reached: float
     weight_gradient: float | None
+    input_gradient: float | None = None
     headroom: float
     loss_change: float | None = None
     gradient_change: float | None = None

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from floatline.audit.candidate import Lowered
+from floatline.audit.exact import Exact
 from floatline.audit.judging import STALLED, Judged
 from floatline.audit.modules import callable_modules
 from floatline.audit.report import ModuleRow, Row
-from floatline.audit.subject import Exact
 from floatline.audit.tolerance import Effect
 from floatline.observe.error import Reading
 
@@ -95,6 +95,7 @@ def module_rows(
                 local_backward=_worst(by_module[name], "backward"),
                 reached=max((r.measure.reached for r, _ in by_module[name] if r.measure is not None), default=0.0),
                 weight_gradient=_weight_gradient(name, low, exact),
+                input_gradient=low.borders.input_gradients.get(name),
                 headroom=min(
                     (r.measure.headroom for r, _ in by_module[name] if r.measure and r.measure.format == low.name),
                     default=math.inf,

@@ -10,7 +10,7 @@ starts from a fixed random direction.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from floatline.audit.buffers import stalled_buffers
+from floatline.audit.exact import Exact, relative
 from floatline.audit.fp16_products import FP16Products
+from floatline.audit.metered import Metered, borders_watched
 from floatline.audit.tolerance import Effect
+from floatline.audit.value import kind, output_of
 from floatline.errors import ModelError
 from floatline.hardware import Hardware
-from floatline.observe.error import ErrorMeter, Reading, metering
-from floatline.observe.error.measures import ILL, sampled
+from floatline.observe.error import ErrorMeter, metering
+from floatline.observe.error.measures import sampled
 from floatline.observe.finite import plain_name
 from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
@@ -37,80 +40,6 @@ from floatline.step.random_state import python_random_kept
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 SCALE = 2.0**16
 _KEEP_MODE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exact:
-    """The step in fp64, on one batch.
-
-    Attributes:
-        value: Loss or outputs.
-        gradients: Parameter -> a sample of its gradient, fp64.
-        weights: Parameter -> elements that each sampled one stands for.
-        fp32: Parameter -> relative error of its gradient in fp32.
-        loss_fp32: Relative error of the value in fp32.
-        gradient_fp32: Of the whole gradient.
-    """
-
-    value: torch.Tensor
-    gradients: Mapping[str, torch.Tensor]
-    weights: Mapping[str, float]
-    fp32: Mapping[str, float]
-    loss_fp32: float
-    gradient_fp32: float = 0.0
-
-    def sound(self, name: str) -> bool:
-        """Say whether fp32 computes a parameter's gradient well; an exact zero by cancellation it does not."""
-        return self.fp32.get(name, 0.0) <= ILL
-
-    def effect(self, value: torch.Tensor, gradients: Mapping[str, torch.Tensor], policy: str, scale: float) -> Effect:
-        """Hold a step against this one.
-
-        Args:
-            value: Its loss or outputs.
-            gradients: Its gradients, unscaled and sampled alike.
-            policy: Under which it ran.
-            scale: Loss scale of it.
-        """
-        total = wrong = 0.0
-        worst, name = 0.0, ""
-        for key, exact in self.gradients.items():
-            got = gradients.get(key)
-            off = exact if got is None else got - exact
-            size, error = float(exact.square().sum()), float(off.square().sum())
-            total += size * self.weights[key]
-            wrong += error * self.weights[key]
-            if self.sound(key):
-                relative = (error / size) ** 0.5 if size else (float("inf") if error else 0.0)
-                if not relative <= worst:
-                    worst, name = relative, key
-        gradient = (wrong / total) ** 0.5 if total else 0.0
-        clean = [x if x == x else float("inf") for x in (_relative(value, self.value), gradient, worst)]
-        return Effect(
-            policy=policy,
-            loss_error=clean[0],
-            gradient_error=clean[1],
-            tensor_error=clean[2],
-            tensor=name,
-            scale=scale,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metered:
-    """A step with a meter on it.
-
-    Attributes:
-        readings: Every op that has to do with the lower format.
-        gradient_errors: Parameter -> relative error that its gradient has come to.
-        stalled_buffers: Running average -> share of it that should move and does not.
-        unmeasured: Ops without an exact result, and how often they ran.
-    """
-
-    readings: tuple[Reading, ...]
-    gradient_errors: Mapping[str, float]
-    stalled_buffers: Mapping[str, float]
-    unmeasured: Mapping[str, int]
 
 
 @dataclass(kw_only=True)
@@ -197,7 +126,7 @@ class Subject:
                 if parameter.grad is not None:
                     gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
                     weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
-                    fp32[name] = _relative(sampled(parameter.grad), gradients[name])
+                    fp32[name] = relative(sampled(parameter.grad), gradients[name])
             total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
             wrong = sum(float(g.square().sum()) * weights[n] * fp32[n] ** 2 for n, g in gradients.items() if total)
             made = Exact(
@@ -206,7 +135,7 @@ class Subject:
                 gradients=gradients,
                 weights=weights,
                 fp32=fp32,
-                loss_fp32=_relative(value.detach(), shadow),
+                loss_fp32=relative(value.detach(), shadow),
             )
         return made, meter
 
@@ -262,7 +191,11 @@ class Subject:
     def read(self, policy: Policy, scale: float, batch: int = 0) -> Metered:
         """Run the step under a policy with a meter on it."""
         self.passes.add("metered")
-        with self._started(policy) as applied, metering(self.model) as meter:
+        with (
+            self._started(policy) as applied,
+            metering(self.model) as meter,
+            borders_watched(self.model, meter) as borders,
+        ):
             self._step(applied, batch, scale, meter)
             with _disable_current_modes():  # looking is no part of the step
                 errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
@@ -273,6 +206,7 @@ class Subject:
             gradient_errors=errors,
             stalled_buffers=stalled_buffers(self._weights, buffers),
             unmeasured=dict(meter.unmeasured),
+            borders=borders,
         )
 
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
@@ -347,10 +281,10 @@ class Subject:
             value: Any = self.loss(model, batch)
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 raise ModelError(
-                    f"the loss function returned a {_kind(value)}", hint="return a floating tensor: a loss, or outputs"
+                    f"the loss function returned a {kind(value)}", hint="return a floating tensor: a loss, or outputs"
                 )
             return value
-        return _output(call_model(model, batch), type(model).__name__)
+        return output_of(call_model(model, batch), type(model).__name__)
 
     def taking(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
@@ -369,28 +303,6 @@ def _without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(was)
 
 
-def _output(output: Any, source: str) -> torch.Tensor:
-    """Return the loss of what a model returned, else its first floating tensor."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(loss, torch.Tensor):
-        return loss
-    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf
-    kinds = ", ".join(sorted({_kind(leaf) for leaf in leaves})) or _kind(output)
-    raise ModelError(
-        f"{source} returned no floating tensor ({kinds})",
-        hint="pass loss=(model, batch) -> tensor that makes one of it",
-    )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"tensor of {str(value.dtype).removeprefix('torch.')}"
-    return type(value).__name__
-
-
 def _detached(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, batch)
 
@@ -398,11 +310,3 @@ def _detached(batch: Any) -> Any:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
-    size = float(exact.double().square().sum().sqrt())
-    error = float((value.double() - exact.double()).square().sum().sqrt())
-    if error != error:
-        return float("inf")
-    return error / size if size else (float("inf") if error else 0.0)

@@ -1,0 +1,80 @@
+"""The step in fp64, which every other one is held against.
+
+Of large gradients a sample is kept, evenly spaced; sums over all parameters weigh each sample by what it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from floatline.audit.tolerance import Effect
+from floatline.observe.error.measures import ILL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """The step in fp64, on one batch.
+
+    Attributes:
+        value: Loss or outputs.
+        gradients: Parameter -> a sample of its gradient, fp64.
+        weights: Parameter -> elements that each sampled one stands for.
+        fp32: Parameter -> relative error of its gradient in fp32.
+        loss_fp32: Relative error of the value in fp32.
+        gradient_fp32: Of the whole gradient.
+    """
+
+    value: torch.Tensor
+    gradients: Mapping[str, torch.Tensor]
+    weights: Mapping[str, float]
+    fp32: Mapping[str, float]
+    loss_fp32: float
+    gradient_fp32: float = 0.0
+
+    def sound(self, name: str) -> bool:
+        """Say whether fp32 computes a parameter's gradient well; an exact zero by cancellation it does not."""
+        return self.fp32.get(name, 0.0) <= ILL
+
+    def effect(self, value: torch.Tensor, gradients: Mapping[str, torch.Tensor], policy: str, scale: float) -> Effect:
+        """Hold a step against this one.
+
+        Args:
+            value: Its loss or outputs.
+            gradients: Its gradients, unscaled and sampled alike.
+            policy: Under which it ran.
+            scale: Loss scale of it.
+        """
+        total = wrong = 0.0
+        worst, name = 0.0, ""
+        for key, exact in self.gradients.items():
+            got = gradients.get(key)
+            off = exact if got is None else got - exact
+            size, error = float(exact.square().sum()), float(off.square().sum())
+            total += size * self.weights[key]
+            wrong += error * self.weights[key]
+            if self.sound(key):
+                off_by = (error / size) ** 0.5 if size else (float("inf") if error else 0.0)
+                if not off_by <= worst:
+                    worst, name = off_by, key
+        gradient = (wrong / total) ** 0.5 if total else 0.0
+        clean = [x if x == x else float("inf") for x in (relative(value, self.value), gradient, worst)]
+        return Effect(
+            policy=policy,
+            loss_error=clean[0],
+            gradient_error=clean[1],
+            tensor_error=clean[2],
+            tensor=name,
+            scale=scale,
+        )
+
+
+def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return ||value - exact|| / ||exact||; `inf` where the value is not finite."""
+    size = float(exact.double().square().sum().sqrt())
+    error = float((value.double() - exact.double()).square().sum().sqrt())
+    if error != error:
+        return float("inf")
+    return error / size if size else (float("inf") if error else 0.0)

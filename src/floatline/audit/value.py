@@ -1,0 +1,34 @@
+"""What of a model's output is audited: its loss, else the first floating tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from floatline.errors import ModelError
+
+
+def output_of(output: Any, source: str) -> torch.Tensor:
+    """Return the loss of what a model returned, else its first floating tensor."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return leaf
+    kinds = ", ".join(sorted({kind(leaf) for leaf in leaves})) or kind(output)
+    raise ModelError(
+        f"{source} returned no floating tensor ({kinds})",
+        hint="pass loss=(model, batch) -> tensor that makes one of it",
+    )
+
+
+def kind(value: Any) -> str:
+    """Return what a value is, for errors."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor of {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
