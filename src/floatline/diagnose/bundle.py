@@ -238,7 +238,7 @@ def load_bundle(path: str | Path) -> Bundle:
         bundle = Bundle(reruns=reruns, **values)
         _check(bundle)
     except (TypeError, KeyError, PrecisionError) as error:
-        said = error.message if isinstance(error, PrecisionError) else error
+        said = error.message if isinstance(error, PrecisionError) else str(error)
         raise BundleError(f"{file} is no bundle: {said}", hint="pass a directory below findings/ of a run") from error
     return bundle
 
