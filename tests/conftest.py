@@ -11,7 +11,9 @@ import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HERE = Path(__file__).parent
-sys.path[:0] = [str(EXAMPLES / "digits"), str(HERE), str(HERE / "contracts")]
+sys.path[:0] = [
+    *(str(EXAMPLES / name) for name in ("digits", "weights", "texture")), str(HERE), str(HERE / "contracts")
+]  # fmt: skip
 
 import zoo as models  # noqa: E402
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from floatline.audit.audit import audit
+    from floatline.audit.function import audit_function
+    from floatline.audit.function_report import FunctionReport
     from floatline.audit.report import AuditReport
     from floatline.diagnose.diagnose import diagnose
     from floatline.diagnose.finding import Finding
@@ -25,6 +27,7 @@ _HOMES = {
     "FORMATS": "formats",
     "Finding": "diagnose.finding",
     "FloatlineError": "errors",
+    "FunctionReport": "audit.function_report",
     "GradientMonitor": "step",
     "Guard": "step",
     "NumberFormat": "formats",
@@ -33,6 +36,7 @@ _HOMES = {
     "StepOutput": "step",
     "TrainStep": "step",
     "Workload": "step",
+    "audit_function": "audit.function",
     "estimate": "plan.estimate",
 }
 _PACKAGES = {"audit", "diagnose", "plan", "techniques"}
@@ -44,6 +48,7 @@ __all__ = [
     "Estimate",
     "Finding",
     "FloatlineError",
+    "FunctionReport",
     "GradientMonitor",
     "Guard",
     "NumberFormat",
@@ -53,6 +58,7 @@ __all__ = [
     "TrainStep",
     "Workload",
     "audit",
+    "audit_function",
     "diagnose",
     "estimate",
     "plan",

@@ -16,6 +16,8 @@ import typer
 from floatline.errors import ConfigError, FloatlineError
 
 if TYPE_CHECKING:
+    from floatline.audit.command import AuditRequest
+    from floatline.audit.report import AuditReport
     from floatline.plan.command import PlanReport, PlanRequest
     from floatline.plan.side_by_side import Comparison
     from floatline.train.replay import Replayed
@@ -207,10 +209,7 @@ def _planned(request: PlanRequest, overrides: list[str]) -> PlanReport | Compari
 
         with planning() as progress:
             return report_on_recipe(request, overrides, progress)
-    if overrides:
-        raise ConfigError(
-            f"{' '.join(overrides)} was given, but {request.model} is no recipe", hint="use options, see --help"
-        )
+    _refuse_overrides(request.model, overrides)
     with planning() as progress:
         return compare(request, progress) if request.hardware == "all" else answer(request, progress)
 
@@ -234,6 +233,110 @@ def _show_plan(
             _print_json({**answer.as_dict(), "written": written})
         else:
             print(text, *written, sep="\n", end="\n" if written else "")
+
+
+@app.command()
+def audit(
+    model: Annotated[
+        str, typer.Argument(help="A recipe (.yaml), directory, config.json, hub id, module:function or bundled name.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to a recipe, e.g. train.lr=1e-5.")] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="Format to try: bf16 or fp16, the preferred first; repeat it.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="mixed (autocast) or true (weights cast); default: the recipe's, else mixed.")
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option(help="Whose autocast lists: t4, a100-40gb ...; auto: this machine.")
+    ] = "auto",
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error of the gradient; 0.1.")] = None,
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="Audit no backward.")] = False,
+    optimizer: Annotated[str | None, typer.Option(help="Which of its updates are lost: adamw, sgd ...")] = None,
+    lr: Annotated[float | None, typer.Option(help="Its learning rate; 1e-4.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Also say which linear layers could multiply in fp8.")] = False,
+    repeats: Annotated[int, typer.Option(help="Runs with stochastic rounding for each confidence.")] = 3,
+    probes: Annotated[str, typer.Option(help="Modules lowered one at a time: a number, or all.")] = "12",
+    most_trials: Annotated[int | None, typer.Option(help="Joint evaluations of the search at most.")] = None,
+    batches: Annotated[int, typer.Option(help="Batches of a recipe's data.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Samples of a bare model's batch.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens a sample.")] = None,
+    image: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of an image in pixels.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images a sample.")] = None,
+    target: Annotated[int | None, typer.Option(help="Tokens a sample of a decoder beside an encoder.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of an audio sample.")] = None,
+    task: Annotated[str | None, typer.Option(help="How it is trained, e.g. masked-lm; default: by its config.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random numbers that the model draws.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what must stay fp32, op by op against fp64, and print the cheapest policy that is safe.
+
+    The real step runs with its real weights. Exit code 0: a lower format is safe; 1: none is.
+    """
+    from floatline.audit.command import AuditRequest, parse_probes
+    from floatline.files import check_writable
+    from floatline.plan.shape import Shape, parse_image
+
+    size = None if image is None else parse_image(image)
+    request = AuditRequest(
+        model=model,
+        candidates=tuple(candidate or ("bf16", "fp16")),
+        mode=mode,
+        hardware=hardware,
+        tolerance=tolerance,
+        shape=Shape(batch=batch, seq=seq, target=target, image=size, images=images, seconds=seconds),
+        task=task,
+        backward=not forward_only,
+        fp8=fp8,
+        repeats=repeats,
+        probes=parse_probes(probes),
+        most_trials=most_trials,
+        optimizer=optimizer,
+        lr=lr,
+        batches=batches,
+        seed=seed,
+    )
+    if out is not None:
+        check_writable(out)
+    found = _audited(request, overrides or [])
+    _show_audit(found, out, as_json)
+    raise typer.Exit(0 if found.safe else 1)
+
+
+def _audited(request: AuditRequest, overrides: list[str]) -> AuditReport:
+    from floatline.audit.command import answer
+    from floatline.report.plan_progress import planning
+
+    if request.model.endswith((".yaml", ".yml")):
+        from floatline.train.audit_recipe import audit_recipe
+
+        with planning(word="audit") as progress:
+            return audit_recipe(request, overrides, progress)
+    _refuse_overrides(request.model, overrides)
+    with planning(word="audit") as progress:
+        return answer(request, progress)
+
+
+def _show_audit(found: AuditReport, out: Path | None, as_json: bool) -> None:
+    from floatline.report.audit_page import write_audit
+    from floatline.report.audit_text import audit_text
+
+    written: list[str] = []
+    try:
+        if out is not None:
+            write_audit(found, out)
+            written.append(str(out))
+    finally:  # a file that cannot be written must not cost the answer
+        if as_json:
+            _print_json({**found.as_dict(), "written": written})
+        else:
+            print(audit_text(found), *written, sep="\n", end="\n" if written else "")
+
+
+def _refuse_overrides(model: str, overrides: list[str]) -> None:
+    if overrides:
+        raise ConfigError(f"{' '.join(overrides)} was given, but {model} is no recipe", hint="use options, see --help")
 
 
 @app.command()

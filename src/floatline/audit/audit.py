@@ -14,6 +14,7 @@ eager).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe
+from floatline.audit.progress import Progress, ToldPasses
 from floatline.audit.report import AuditReport, Candidate
 from floatline.audit.rows import module_rows, rows_of
 from floatline.audit.subject import Exact, Loss, Subject
@@ -58,6 +60,7 @@ def audit(
     most_trials: int | None = None,
     fp8: bool = False,
     seed: int = 0,
+    progress: Progress = lambda what, done: None,
 ) -> AuditReport:
     """Audit a model's precision.
 
@@ -78,6 +81,7 @@ def audit(
         most_trials: Joint evaluations at most; None for as many as the search takes.
         fp8: Also say which linear layers could multiply in fp8.
         seed: Of what the model draws.
+        progress: Called before each forward pass with what it is for and how many were run.
 
     Returns:
         The report.
@@ -100,8 +104,14 @@ def audit(
     if not batches:
         raise ConfigError("batch is an empty list", hint="give at least one batch")
     subject = Subject(model, batches, loss, target, backward, seed)
+    subject.passes = ToldPasses(progress=progress)
     _look_for_randomness(subject)
     exacts = [subject.exact(place)[0] for place in range(len(batches))]
+    if not math.isfinite(exacts[0].gradient_fp32):
+        raise ModelError(
+            "the gradients are not finite in fp32 already",
+            hint="find the first bad op with fl.diagnose(forward, model)",
+        )
     fp32 = _fp32(exacts[0])
     lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]
     updates = _updates(subject, model, candidates, mode, optimizer)

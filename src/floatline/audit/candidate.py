@@ -12,17 +12,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from floatline.audit.judging import Judged, judge
-from floatline.audit.modules import callable_modules, candidates, cost_shares, parents_first, with_ties
+from floatline.audit.judging import Judged, explained, judge
+from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, parents_first, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
-from floatline.audit.subject import Exact, Subject
+from floatline.audit.subject import Exact, Metered, Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Outcome, Trial, merged
+from floatline.errors import ModelError, PrecisionError
 from floatline.observe.error import Reading
+from floatline.observe.finite import plain_name
 from floatline.precision import Policy
 
 NAMES = {"bf16": ("bf16-mixed", "bf16-true", "bf16"), "fp16": ("16-mixed", "16-true", "16")}
@@ -109,10 +112,11 @@ class Lowering:
 
     def run(self) -> Lowered:
         """Do it."""
-        everything = self.effect(())
+        everything = self._everything()
         self._scale = everything.scale if everything.finite else None
-        metered = self.subject.read(Policy.parse(self.base), everything.scale)
-        judged = tuple((reading, judge(reading)) for reading in metered.readings)
+        metered, judged = self._read(everything.scale)
+        if not everything.finite and (scale := self._scale_with_islands(judged, everything.scale)) != everything.scale:
+            metered, judged = self._read(scale)
         costs = dict(cost_shares(self.subject.model, judged))
         known = callable_modules(self.subject.model)
         flagged = frozenset(r.spot.module for r, j in judged if j.failure is not None)
@@ -122,6 +126,9 @@ class Lowering:
         islands, found, reason = self._search(judged, fixed, everything)
         again, policy, effect = frozenset[str](), None, None
         if islands is not None:
+            if self.base.endswith("-true"):
+                islands = with_ties(self.subject.model, islands)
+            judged = explained(judged, islands, everything.ratio(self.tolerance))
             again = self._hollowed(islands, flagged, judged)
             policy, effect = str(self.policy(islands, again)), self.effect(islands, again)
         return Lowered(
@@ -145,6 +152,35 @@ class Lowering:
             reason=reason,
         )
 
+    def _everything(self) -> Effect:
+        try:
+            return self.effect(())
+        except RuntimeError as error:
+            if not _about_formats(error):
+                raise
+            raise ModelError(
+                f"{type(self.subject.model).__name__} does not run under {self.base}: {error}",
+                hint="its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to a weight's dtype",
+            ) from error
+
+    def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
+        metered = self.subject.read(Policy.parse(self.base), scale)
+        return metered, tuple((reading, judge(reading)) for reading in metered.readings)
+
+    def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], scale: float) -> float:
+        """Return the loss scale that a scaler would come to once the forward is finite; the given one if it never is.
+
+        Until then the scale has not been tried out, and gradients may overflow that will not in training. Islands are
+        what fails in the forward, then the modules around that, last all.
+        """
+        known = callable_modules(self.subject.model)
+        islands = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
+        while True:
+            effect = self.effect(parents_first(sorted(islands or known)))
+            if effect.finite or not islands:
+                return effect.scale if effect.finite else scale
+            islands = {around for name in islands if (around := around_of(name, known))}
+
     # The search
 
     def _search(
@@ -155,7 +191,7 @@ class Lowering:
     ) -> tuple[frozenset[str] | None, Found | None, str]:
         if not fixed and everything.ratio(self.tolerance) <= 1:
             return frozenset(), None, f"with everything in {self.name} the step is within the tolerance"
-        items = candidates(self.subject.model, judged, fixed)
+        items = candidates(self.subject.model, judged, fixed, around=self.base.endswith("-true"))
 
         def evaluate(islands: frozenset[str]) -> Outcome:
             ratio = self.effect(fixed | islands).ratio(self.tolerance)
@@ -176,6 +212,8 @@ class Lowering:
         inner = [n for n in callable_modules(self.subject.model)
                  if n in seen and n not in flagged and any(n.startswith(f"{i}.") for i in islands)
                  and not any(f.startswith(f"{n}.") for f in flagged)]  # fmt: skip
+        if self.base.endswith("-true"):  # a weight that others use as well stays in one format
+            inner = [name for name in inner if with_ties(self.subject.model, [name]) == {name}]
         again = frozenset(parents_first(inner))
         if not again:
             return again
@@ -186,7 +224,7 @@ class Lowering:
 
     def policy(self, islands: Iterable[str], again: Iterable[str] = ()) -> Policy:
         """Return the policy with islands, and with modules inside of them in the lower format again."""
-        names = [name for name, _ in self.subject.model.named_modules()]
+        names = [plain_name(name) for name, _ in self.subject.model.named_modules()]
         low = NAMES[self.name][2]
         chosen = with_ties(self.subject.model, islands) if self.base.endswith("-true") else islands
         rules = [f"{pattern}=32" for pattern in shortest_patterns(frozenset(chosen), names)]
@@ -194,8 +232,19 @@ class Lowering:
         return Policy.parse("; ".join([self.base, *rules]))
 
     def effect(self, islands: Iterable[str], again: Iterable[str] = ()) -> Effect:
-        """Return the effect of such a policy; each is run once."""
+        """Return the effect of such a policy, run once; one that the model cannot run under is infinitely off."""
         policy = self.policy(islands, again)
         if str(policy) not in self._known:
-            self._known[str(policy)] = self.subject.effect(policy, self.exact, scale=self._scale)
+            try:
+                effect = self.subject.effect(policy, self.exact, scale=self._scale)
+            except (PrecisionError, RuntimeError) as error:
+                if not policy.rules or not _about_formats(error):
+                    raise
+                effect = Effect(policy=str(policy), loss_error=math.inf)
+            self._known[str(policy)] = effect
         return self._known[str(policy)]
+
+
+def _about_formats(error: Exception) -> bool:
+    """Say whether an error is of a weight that two formats share, or of formats that meet in one op."""
+    return isinstance(error, PrecisionError) or any(word in str(error) for word in ("dtype", "scalar type"))

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from floatline.audit.candidate import Lowered
+from floatline.audit.judging import Judged
 from floatline.hardware import Hardware
+from floatline.observe.error import Reading
+
+
+class Ran(Protocol):
+    """A format that something has run in, with a meter on every op."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def on_cuda(self) -> bool: ...
+    @property
+    def judged(self) -> Sequence[tuple[Reading, Judged]]: ...
+
 
 _DIFFERENT = {
     "cumsum": "cumsum keeps its running total in fp32 here and in the result's format on CUDA (rows say what is lost)",
@@ -30,7 +44,7 @@ _ALIASES = {
 }
 
 
-def host_cannot_tell(lowered: Sequence[Lowered], target: Hardware) -> list[str]:
+def host_cannot_tell(lowered: Sequence[Ran], target: Hardware) -> list[str]:
     """Return sentences about ops of the step whose kernels differ between this host and the target."""
     if target.kind != "cuda" or all(low.on_cuda for low in lowered):
         if target.kind == "cpu":

@@ -1,14 +1,16 @@
 """Which modules can become fp32 islands, what each costs, and how much it is suspected.
 
 A module is a candidate if its own forward runs an op that has to do with the lower format. One that has children
-becomes an island with all of them; the search prefers cheaper ones inside.
+becomes an island with all of them; the search prefers cheaper ones inside. Where weights are cast (`-true`), islands
+cast their results back, so what has to stay high between two modules needs an island around both: there modules are
+candidates, too, that only call others.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -21,17 +23,25 @@ SMALL = 1e-3
 """Cost of an island besides its FLOPs: each one is two casts and a line in the policy."""
 
 
-def candidates(model: nn.Module, judged: Sequence[tuple[Reading, Judged]], kept: frozenset[str]) -> list[Item]:
+def candidates(
+    model: nn.Module, judged: Sequence[tuple[Reading, Judged]], kept: frozenset[str], *, around: bool = False
+) -> list[Item]:
     """Return the modules that may become islands.
 
     Args:
         model: Whose modules.
         judged: The readings of one format, each with its judgement.
         kept: Those that are islands anyhow.
+        around: Also modules that only call others.
     """
     own: dict[str, float] = defaultdict(float)
     for reading, verdict in judged:
         own[reading.spot.module] = max(own[reading.spot.module], _suspicion(reading, verdict))
+    for name in list(own) if around else ():
+        outer = name.rpartition(".")[0]
+        while outer:
+            own[outer] = max(own[outer], own[name] / 2)  # after what is inside of it
+            outer = outer.rpartition(".")[0]
     costs = cost_shares(model, judged)
     found = []
     for name in callable_modules(model):
@@ -64,6 +74,14 @@ def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
         if len(shared) > 1 and any(o == n or o.startswith(f"{n}.") for o in shared for n in chosen):
             chosen |= shared
     return merged(chosen - {""})
+
+
+def around_of(name: str, known: Container[str]) -> str:
+    """Return the nearest module around one that a rule can name, "" where there is none."""
+    around = name.rpartition(".")[0]
+    while around and around not in known:
+        around = around.rpartition(".")[0]
+    return around
 
 
 def parents_first(names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """How sure a verdict is: the same step again with stochastic rounding, and on the other batches.
 
 One run of a step is one draw of its rounding errors. A policy that is within the tolerance by a hair may be outside on
-the next batch. So the step is run again, each time with its roundings drawn anew (observe/error/stochastic.py), and the
+the next batch. So the step is run again, each time with its roundings drawn anew (dice.py), and the
 confidence is the share of runs that come to the same verdict, each run counted, and half a run for either side so that
 a few runs never make certainty:
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from floatline.audit.dice import Dice
 from floatline.audit.report import Noise
 from floatline.audit.subject import Exact, Subject
 from floatline.audit.tolerance import Effect, Tolerance
-from floatline.observe.error.stochastic import StochasticRounding
 from floatline.precision import Policy
 
 
@@ -42,7 +42,7 @@ def noise_of(
         ratios.append(subject.effect(policy, exacts[batch], batch, what="batches", scale=scale).ratio(tolerance))
     for repeat in range(repeats):
         batch = repeat % len(exacts)
-        dice = partial(StochasticRounding, repeat)
+        dice = partial(Dice, repeat)
         again = subject.effect(policy, exacts[batch], batch, what="noise", scale=scale, around=dice)
         ratios.append(again.ratio(tolerance))
     return Noise(ratios=tuple(ratios), confidence=confidence(ratios))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ class AuditReport:
     """The audit of a model.
 
     Attributes:
-        model: Its class.
+        model: Its class; from the command line what the user called it.
         mode: "mixed" or "true".
         hardware: Name of the target.
         tolerance: What was allowed.
@@ -199,11 +199,46 @@ class AuditReport:
         """Whether any lower format can be used."""
         return any(candidate.policy is not None and not candidate.illegal for candidate in self.candidates.values())
 
+    def fsdp_policy(self) -> dict[str, Any]:
+        """Return the policy for FSDP2: module name -> `torch.distributed.fsdp.MixedPrecisionPolicy`, the root last.
+
+        FSDP lowers whole modules, without autocast; mode "true" audits that.
+
+        Example:
+            >>> import floatline as fl, torch
+            >>> model, batch = torch.nn.Linear(8, 4), torch.ones(2, 8)
+            >>> report = fl.audit(model, batch, candidates=("bf16",), hardware="cpu", mode="true")
+            >>> for name, mixed in report.fsdp_policy().items():
+            ...     print(repr(name), mixed.param_dtype, mixed.reduce_dtype)  # fully_shard(module, mp_policy=mixed)
+            '' torch.bfloat16 torch.float32
+        """
+        from floatline.audit.exports import fsdp_policy
+
+        return fsdp_policy(self)
+
+    def float8_filter(self, scaling: str = "tensor") -> Callable[[Any, str], bool]:
+        """Return the `module_filter_fn` for torchao's `convert_to_float8_training`: (module, name) -> bool.
+
+        Args:
+            scaling: "tensor" or "row", as the recipe given to torchao.
+
+        Raises:
+            ConfigError: The audit was made without `fp8=True`, or no such scaling.
+        """
+        from floatline.audit.exports import float8_filter
+
+        return float8_filter(self, scaling)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; what is infinite is the text "inf"."""
         tree = asdict(self)
+        for told, row in zip(tree["rows"], self.rows):
+            if row.measure is not None:
+                told["measure"]["ulps"] = row.measure.ulps
         tree["failures"] = len(self.failures)
         tree["forward_passes"] = self.forward_passes
+        tree["fp8"] = [row.to_dict() for row in self.fp8]
+        tree["safe"] = self.safe
         tree["updates"] = {name: report.as_dict() for name, report in self.updates.items()}
         return plain(tree)
 

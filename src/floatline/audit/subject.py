@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.audit.buffers import stalled_buffers
+from floatline.audit.fp16_products import FP16Products
 from floatline.audit.tolerance import Effect
 from floatline.errors import ModelError
 from floatline.hardware import Hardware
@@ -154,6 +156,7 @@ class Subject:
         self.model = self._copied(model)
         self.device = next(self.model.parameters()).device
         self.batches = [_detached(move(batch, self.device)) for batch in batches]
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._weights = {name: t.detach().clone() for name, t in _tensors(self.model)}
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -223,13 +226,25 @@ class Subject:
             scale = SCALE if policy.base.loss_scaling else 1.0
         while True:
             self.passes.add(what)
-            with self._started(policy) as applied, around():
-                value, gradients = self._step(applied, batch, scale, None)
+            try:
+                with self._started(policy) as applied, around():
+                    value, gradients = self._step(applied, batch, scale, None)
+            except RuntimeError as error:
+                if not policy.rules or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                return self._does_not_run(policy, error)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
             routine = policy.base.loss_scaling and scale > 1 and bool(torch.isfinite(value).all())
             if effect.finite or not routine:
                 return effect
             scale /= 16.0 if scale > 16 else scale
+
+    def _does_not_run(self, policy: Policy, error: RuntimeError) -> Effect:
+        """Return the effect of islands between which tensors meet in two formats: as wrong as can be."""
+        said = f"some islands do not run, and were not taken: {str(error).splitlines()[0]}"
+        if said not in self.notes:
+            self.notes.append(said)
+        return Effect(policy=str(policy), loss_error=float("inf"))
 
     def gradients(self, batch: int = 0) -> dict[str, torch.Tensor]:
         """Return the gradients in fp32, whole."""
@@ -249,9 +264,10 @@ class Subject:
         self.passes.add("metered")
         with self._started(policy) as applied, metering(self.model) as meter:
             self._step(applied, batch, scale, meter)
-            errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
-            buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
-                       for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
+            with _disable_current_modes():  # looking is no part of the step
+                errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
+                buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
+                           for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
         return Metered(
             readings=tuple(meter.readings),
             gradient_errors=errors,
@@ -274,7 +290,12 @@ class Subject:
             stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
             if self.hardware.kind == "cuda" and not devices:
                 stack.enter_context(cuda_autocast())
+            if "fp16" in policy.formats and self._recurrent:
+                stack.enter_context(_without_onednn())
+            if "fp16" in policy.formats and not devices:
+                stack.enter_context(FP16Products())
             torch.manual_seed(self.seed if seed is None else seed)
+            before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
             try:
                 yield applied
@@ -282,7 +303,8 @@ class Subject:
                 applied.undo()
                 with torch.no_grad():
                     for name, tensor in _tensors(self.model):
-                        tensor.copy_(self._weights[name])
+                        if before[name] != (tensor._version, tensor.data_ptr()):  # written, or cast and cast back
+                            tensor.copy_(self._weights[name])
                 for parameter in self.model.parameters():
                     parameter.grad = None
 
@@ -299,10 +321,8 @@ class Subject:
                 value = self._value(self.model, self.batches[batch])
             if self.backward:
                 self._backward(value, scale, meter)
-        gradients = {}
-        for name, parameter in self.taking():
-            if parameter.grad is not None:
-                gradients[name] = sampled(parameter.grad).double() / scale
+        with _disable_current_modes():  # looking is no part of the step
+            gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
         return value, gradients
 
     def _backward(self, value: torch.Tensor, scale: float, meter: ErrorMeter | None) -> None:
@@ -336,6 +356,17 @@ class Subject:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield plain_name(name), parameter
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Run recurrent layers by torch's own kernels: oneDNN has none in fp16 on most CPUs, and raises."""
+    was = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was)
 
 
 def _output(output: Any, source: str) -> torch.Tensor:

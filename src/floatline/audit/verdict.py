@@ -58,6 +58,12 @@ def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
                 f"{reading.spot.op} at {where} is in no module that a policy can name: compute it in fp32 (x.float()), "
                 f"for {judged.why}"
             )
+    if low.policy is None and low.base.endswith("-true"):
+        names = ", ".join(sorted(low.flagged)) or "what fails"
+        found.append(
+            f"cast weights round between modules, so no island helps {names}: audit mode='mixed', or "
+            "pass what needs the bits as integers and compute it in fp32 inside"
+        )
     if updates is not None and updates.advice:
         found.append(updates.advice)
     return tuple(dict.fromkeys(found))

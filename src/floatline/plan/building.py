@@ -71,13 +71,25 @@ def faked() -> bool:
     return isinstance(torch.empty(1 << 20), FakeTensor)
 
 
-def _plain(cls: Any, config: Any, dtype: torch.dtype, attention: str | None = None, cache: bool = False) -> nn.Module:
+def config_to_build(cls: Any, config: Any, *, cache: bool = False) -> Any:
+    """Return a copy of a config as a model is built from it: no layer drop, no cache of keys and values, all ids there.
+
+    Args:
+        cls: A transformers model class.
+        config: Its config.
+        cache: Leave the cache as the config has it.
+    """
     own = deepcopy(config)
     for part in () if cache else (own, text_config(own)):
         part.use_cache = False
     for key in LAYER_DROP & set(vars(own)):
         setattr(own, key, 0.0)
     _fill_tokens(own, cls)
+    return own
+
+
+def _plain(cls: Any, config: Any, dtype: torch.dtype, attention: str | None = None, cache: bool = False) -> nn.Module:
+    own = config_to_build(cls, config, cache=cache)
     try:
         kernel = {} if attention is None else {"attn_implementation": attention}
         model: nn.Module = cls._from_config(own, dtype=dtype, **kernel)

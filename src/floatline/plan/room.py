@@ -16,7 +16,7 @@ HELD, SPARE = 2 * 2**30, 4 * 2**30
 
 def room() -> int:
     """Return for how many helpers this machine has cores and memory now."""
-    return max(0, min(MOST_HELPERS, _cores() - 1, (_available() - SPARE) // HELD))
+    return max(0, min(MOST_HELPERS, _cores() - 1, (available_memory() - SPARE) // HELD))
 
 
 def _cores() -> int:
@@ -25,8 +25,8 @@ def _cores() -> int:
     return min(allowed, int(quota) // int(period)) if quota.isdigit() and period.strip().isdigit() else allowed
 
 
-def _available() -> int:
-    """Bytes of memory that are free or can be freed, and what a container leaves of them; unknown is plenty."""
+def available_memory() -> int:
+    """Return the bytes of memory that are free or can be freed, as far as the container allows; unknown is plenty."""
     told = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
     free = int(told[0]) * 1024 if told else 2**40
     most, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))

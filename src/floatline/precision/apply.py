@@ -242,15 +242,30 @@ def _take_out(applied: AppliedPrecision, targets: dict[str, str]) -> None:
 
 def _patch_forwards(applied: AppliedPrecision, model: nn.Module, targets: dict[str, str]) -> None:
     base = applied.policy.base
-    outer = None if base.mixed else DTYPES[base.compute]
+    whole = None if base.mixed else DTYPES[base.compute]
     modules = dict(model.named_modules())
     for name, number_format in targets.items():
         if number_format == "fp8":
             continue
         dtype = DTYPES[RULE_FORMATS[number_format]]
         lower = dtype is not torch.float32 and base.weights == "fp32"
+        outer = _around(name, targets, whole)
         patch = make_island(modules[name], dtype, device_type=applied.device_type, outer=outer, by_autocast=lower)
         applied._patches.append(patch)
         applied.touched[name] = number_format
-    if outer not in (None, torch.float32):
-        applied._patches.append(cast_inputs(model, outer, TARGET_NAMES))
+    if whole not in (None, torch.float32):
+        applied._patches.append(cast_inputs(model, whole, TARGET_NAMES))
+
+
+def _around(name: str, targets: dict[str, str], whole: torch.dtype | None) -> torch.dtype | None:
+    """Return the format that an island's results are cast to: that of the island around it, else the model's.
+
+    None leaves them as they are, for autocast is on there.
+    """
+    around = name.rpartition(".")[0]
+    while around and targets.get(around, "fp8") == "fp8":
+        around = around.rpartition(".")[0]
+    if not around:
+        return whole
+    dtype = DTYPES[RULE_FORMATS[targets[around]]]
+    return dtype if whole is not None or dtype is torch.float32 else None

@@ -1,4 +1,4 @@
-"""What a person sees while a plan is made: a moving bar on a terminal, a line now and then elsewhere. All on stderr.
+"""What a person sees while a plan or an audit is made, on stderr: a moving bar, a line now and then without a terminal.
 
 How many trials a search takes is not known before, so the bar says what is tried and how long it has taken.
 """
@@ -17,17 +17,18 @@ _EVERY = 2.0
 
 
 @contextmanager
-def planning(console: Console | None = None) -> Iterator[Callable[[str, int], None]]:
+def planning(console: Console | None = None, word: str = "plan") -> Iterator[Callable[[str, int], None]]:
     """Show what is tried while the context is active; what it yields is a plan's `progress`.
 
     Args:
         console: Where to; None is stderr.
+        word: What every line begins with.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(console)
+        yield _lines(console, word)
         return
-    bar = Progress(TextColumn("plan"), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"),
+    bar = Progress(TextColumn(word), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"),
                    console=console, transient=True, refresh_per_second=4)  # fmt: skip
     with bar:
         task = bar.add_task("", total=None)
@@ -38,7 +39,7 @@ def _plain(what: str) -> str:
     return what.replace("[", r"\[")
 
 
-def _lines(console: Console) -> Callable[[str, int], None]:
+def _lines(console: Console, word: str) -> Callable[[str, int], None]:
     begun = time.monotonic()
     told = [0.0]
 
@@ -46,6 +47,6 @@ def _lines(console: Console) -> Callable[[str, int], None]:
         now = time.monotonic()
         if now >= told[0]:
             told[0] = now + _EVERY
-            console.print(f"plan: {what} ({now - begun:.0f} s)", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{word}: {what} ({now - begun:.0f} s)", highlight=False, markup=False, soft_wrap=True)
 
     return show

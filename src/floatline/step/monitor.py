@@ -98,12 +98,12 @@ class GradientMonitor:
             raise ConfigError(
                 f"model is a {type(model).__name__}", hint="give the torch.nn.Module that is being trained"
             )
-        if max_grad_norm is not None and not (_is_a(Real, max_grad_norm) and 0 < max_grad_norm < math.inf):
+        if max_grad_norm is not None and not _is_limit(max_grad_norm):
             raise ConfigError(f"max_grad_norm is {max_grad_norm!r}", hint="give a positive number, or None")
         for name, value in (("every", every), ("elements_every", elements_every)):
-            if not _is_a(Integral, value) or value < 1:
+            if not _is_count(value, 1):
                 raise ConfigError(f"{name} is {value!r}", hint="give 1 (look at every update) or more")
-        if not _is_a(Integral, history) or history < 8:
+        if not _is_count(history, 8):
             raise ConfigError(f"history is {history!r}", hint="give 8 points or more")
         if per not in _PER:
             raise ConfigError(f"per is {per!r}", hint=did_you_mean(str(per), _PER))
@@ -225,6 +225,9 @@ class GradientMonitor:
             warnings.warn(f"{report}; {report.hint}", FloatlineWarning, stacklevel=4)
 
 
-def _is_a(kind: type, value: Any) -> bool:
-    """Say whether a value is a number of that kind, numpy's included."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_limit(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < float(value) < math.inf
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least

@@ -29,8 +29,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.observe.cost import cost_of
+from floatline.observe.error.chains import ADDING, Chains
 from floatline.observe.error.exact_kernels import EXACT_KERNELS
-from floatline.observe.error.measures import Measure, measure, relative_error, sampled
+from floatline.observe.error.measures import Measure, measure, overflows, relative_error, sampled
 from floatline.observe.error.shadows import Shadows
 from floatline.observe.error.sums import swallowed_share
 from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
@@ -60,7 +61,8 @@ class Reading:
         flipped: Decisions that came out otherwise.
         flipped_here: Those that do so on exact inputs, rounded to the format.
         decisions: Decisions in all.
-        stalled: Worst share of increments that a running sum would lose (sums.py); None for other ops.
+        stalled: Worst share that a running sum would lose (sums.py), or a loop of additions has lost (chains.py); None
+            for other ops.
         flops: Of all calls.
     """
 
@@ -81,7 +83,7 @@ class Reading:
         stalls = [s for s in (self.stalled, other.stalled) if s is not None]
         return replace(
             self,
-            measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].worst(pair[1]),
+            measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].joined(pair[1]),
             calls=self.calls + other.calls,
             flipped=self.flipped + other.flipped,
             flipped_here=self.flipped_here + other.flipped_here,
@@ -114,6 +116,7 @@ class ErrorMeter(TorchDispatchMode):
         self.unmeasured: Counter[str] = Counter()
         self._local = local
         self._readings: dict[tuple[Any, ...], Reading] = {}
+        self._chains = Chains()
         self._nodes = Nodes()
         self._root: FrameType | None = None
 
@@ -214,23 +217,35 @@ class ErrorMeter(TorchDispatchMode):
         low = call.again(call.exact, None) if lowered and self._local else None
         if low is not None and not _fit(low, results):
             low = None
-        worst = None if low is None else self._measured(call, results, exact, low)
+        excused = low is not None and call.does_not_fit()
+        worst = None if low is None else self._measured(call, results, exact, low, excused)
         reading = Reading(
             spot=self._spot(call.name),
             phase="backward" if derivative_that_runs() is not None else self.phase,
             ran=call.name,
             measure=worst,
             flipped=flipped,
-            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions) if low is not None else 0,
+            flipped_here=sum(_differing(low[place], exact[place]) for place in decisions)
+            if low is not None and not excused
+            else 0,
             decisions=decided,
             stalled=swallowed_share(call.name, call.named(call.exact), results) if lowered else None,
             flops=flops,
         )
+        if call.name in ADDING and results[0].dtype in HALVES:
+            operands = [call.exact[id(tensor)] for tensor in floats]
+            lost = self._chains.follow(_key(reading), results[0], exact[0], operands)
+            reading = replace(reading, stalled=lost)
         self._add(reading)
         return worst is not None and not worst.sound
 
     def _measured(
-        self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor], low: list[torch.Tensor]
+        self,
+        call: _Call,
+        results: list[torch.Tensor],
+        exact: list[torch.Tensor],
+        low: list[torch.Tensor],
+        excused: bool,
     ) -> Measure | None:
         fp32 = call.again(call.exact, torch.float32)
         worst: Measure | None = None
@@ -238,12 +253,12 @@ class ErrorMeter(TorchDispatchMode):
             if not tensor.is_floating_point() or not tensor.numel() or (place and call.name in _STATISTICS):
                 continue
             other = fp32[place] if fp32 is not None and _fit(fp32, results) else None
-            one = measure(values, low[place], other, tensor)
+            one = measure(values, low[place], other, tensor, excused=excused)
             worst = one if worst is None else worst.worst(one)
         return worst
 
     def _add(self, reading: Reading) -> None:
-        key = (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
+        key = _key(reading)
         known = self._readings.get(key)
         self._readings[key] = reading if known is None else known.joined(reading)
 
@@ -313,6 +328,12 @@ class _Call:
     def decides(self) -> bool:
         """Whether integers or booleans come of floating inputs."""
         return any(tensor.is_floating_point() for tensor in self.reads)
+
+    def does_not_fit(self) -> bool:
+        """Say whether a finite exact input lies beyond the end of the half format that it was given in."""
+        return any(
+            t.dtype in HALVES and overflows(self.exact[id(t)], t.dtype) for t in self.reads if id(t) in self.exact
+        )
 
     def named(self, values: dict[int, torch.Tensor]) -> list[Any]:
         """Return its positional arguments with `values` in the tensors' places."""
@@ -387,6 +408,10 @@ class _Call:
             if all(tensor is not other for other in outs):
                 outs.append(tensor)
         return [tensor for tensor in outs if tensor.layout == torch.strided]
+
+
+def _key(reading: Reading) -> tuple[Any, ...]:
+    return (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
 
 
 def _format(given: torch.dtype, goal: torch.dtype | None) -> torch.dtype:

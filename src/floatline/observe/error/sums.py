@@ -53,7 +53,7 @@ def swallowed_share(name: str, args: list[Any], results: list[torch.Tensor]) -> 
 
 def _lost(increments: torch.Tensor, totals: torch.Tensor, bits: int) -> float:
     nonzero = increments != 0
-    small = increments.abs() <= _spacing(totals, bits) / 2  # a tie goes to the even total, and stays there
+    small = increments.abs() <= spacing(totals, bits) / 2  # a tie goes to the even total, and stays there
     return float((small & nonzero).sum()) / max(int(nonzero.sum()), 1)
 
 
@@ -73,7 +73,7 @@ def _lost_in_counts(totals: torch.Tensor, counts: torch.Tensor, bits: int) -> fl
     return float(lost.sum() / arrived.sum().clamp(min=1))
 
 
-def _spacing(values: torch.Tensor, bits: int) -> torch.Tensor:
+def spacing(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Return one ulp at each value, 0 at zero."""
     _, exponent = torch.frexp(values)
     return torch.where(values == 0, 0.0, torch.ldexp(torch.ones_like(values), exponent - 1 - bits))

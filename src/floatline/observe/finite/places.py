@@ -118,6 +118,19 @@ def nearest_line() -> tuple[str, int] | None:
     return None
 
 
+def place_of_error(error: BaseException) -> Place | None:
+    """Return the innermost line of a user or of a library that an exception went through."""
+    found: Place | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        file, line = trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        if _owner(file) in ("user", "library"):
+            code = linecache.getline(file, line).strip()
+            found = Place(file, line, code, trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    return found
+
+
 def variable_of(tensor: torch.Tensor) -> str:
     """Return what the innermost function of the user's that runs and knows a tensor calls it; "" where none does."""
     frame: FrameType | None = sys._getframe(1)

@@ -1,0 +1,225 @@
+"""`fl.audit_function`: which lines of a plain function of tensors must be fp32.
+
+    report = fl.audit_function(texture, (image,), hardware="t4")
+    print(report)                          # each output in fp32, bf16 and fp16; each op that fails, and where
+    report.candidates["bf16"].lines        # the lines to keep in fp32
+
+An image pipeline, a loss, a metric: code without modules, in which a person can change lines. So lines are what is
+searched over (search.py). The function runs once in fp32 with fp64 shadows, then in each format with a meter on every
+op; ops that fail by themselves make their lines fp32, and where the outputs still are not within the tolerance the
+search looks for the cheapest lines that bring them there. What it finds has run jointly, with exactly these lines in
+fp32 (fp32_lines.py).
+
+An output is held to its relative RMSE, one of integers or booleans to the share that comes out otherwise (1 %). What
+fp32 itself does not compute within the tolerance is nobody's fault: it is noted and not held against a format.
+
+Not covered: several inputs sets at once (audit each), compiled functions (they run eager), tensors that the function
+holds itself (a closure's filter bank) stay in their own format: pass them as inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from floatline.audit.audit import MODES
+from floatline.audit.candidate import NAMES
+from floatline.audit.function_report import (
+    FunctionCandidate,
+    FunctionEffect,
+    FunctionReport,
+    OutputError,
+    cell,
+    percent,
+    where,
+)
+from floatline.audit.kernels import host_cannot_tell
+from floatline.audit.line_lowering import LineLowering, computed
+from floatline.audit.outputs import output_error
+from floatline.audit.program import Format, Program, Result
+from floatline.errors import ConfigError, FloatlineError, ModelError, did_you_mean
+from floatline.hardware import Hardware, resolve
+from floatline.observe.finite.places import place_of_error
+
+TOLERANCE = 0.02
+"""Largest relative RMSE of an output."""
+
+
+def audit_function(
+    fn: Callable[..., Any],
+    inputs: Any,
+    candidates: Sequence[str] = ("bf16", "fp16"),
+    tolerance: float | None = None,
+    *,
+    backward: bool | str = False,
+    mode: str = "true",
+    hardware: str | Hardware = "auto",
+    seed: int = 0,
+) -> FunctionReport:
+    """Audit the precision of a function of tensors.
+
+    Args:
+        fn: Any callable that returns tensors, also nested; for modules there is `fl.audit`.
+        inputs: A tuple, called as `fn(*inputs)`, or a dict, called as `fn(**inputs)`. Floating tensors are lowered;
+            integers, booleans and all else pass as they are. They are not changed.
+        candidates: Lower formats to try.
+        tolerance: Largest relative RMSE of an output; None for 0.02.
+        backward: Also audit the gradients of the floating inputs; "auto" where `fn` returns one floating scalar.
+        mode: "true": inputs are cast, everything runs in the format. "mixed": autocast over fp32.
+        hardware: Whose autocast lists hold: "auto" is this machine; a GPU's name gives CUDA's on any host.
+        seed: Of what the function draws.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: An unknown candidate, mode or hardware; a tolerance that is not positive; inputs without a floating
+            tensor; `fn` is a module or cannot be called.
+        ModelError: It raises, returns no tensors, or gives no gradient; or it is not finite in fp32 already (see
+            `fl.diagnose`).
+
+    Example:
+        >>> report = audit_function(lambda x: x.softmax(-1), (torch.linspace(-4, 4, 64),), hardware="l4")
+        >>> report.safe
+        ('bf16', 'fp16')
+    """
+    started = time.perf_counter()
+    _check(fn, candidates, mode, backward, tolerance)
+    allowed = TOLERANCE if tolerance is None else float(tolerance)
+    target = resolve(hardware)
+    program = _guarded(lambda: Program(fn, inputs, target, backward, seed), fn)
+    notes, random = _look_for_randomness(program)
+    truth = _guarded(program.exact, fn)
+    fp32 = tuple(output_error(name, value, truth.exact[name]) for name, value in truth.values.items())
+    _refuse_not_finite(truth, fp32, program.name)
+    notes += _not_computed(fp32, allowed)
+    lowerings = [
+        LineLowering(program, truth, fp32, Format(name=name, mode=mode), allowed, random) for name in candidates
+    ]
+    made = {lowering.name: lowering.run(target) for lowering in lowerings}
+    rows = [row for lowering in lowerings for row in lowering.rows(made[lowering.name])]
+    rows.sort(key=lambda row: (row.failure is None, -row.severity))
+    return FunctionReport(
+        function=program.name,
+        mode=mode,
+        hardware=target.name,
+        tolerance=allowed,
+        fp32=fp32,
+        rows=tuple(rows),
+        candidates=made,
+        verdict=" ".join(_sentence(candidate, mode) for candidate in made.values()),
+        notes=(*notes, *host_cannot_tell(lowerings, target)),
+        passes=dict(program.passes.count),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(fn: Any, candidates: Any, mode: str, backward: Any, tolerance: Any) -> None:
+    if isinstance(fn, nn.Module):
+        raise ConfigError(f"fn is a module ({type(fn).__name__})", hint="audit a module with fl.audit(model, batch)")
+    if not callable(fn):
+        raise ConfigError(f"fn is a {type(fn).__name__}, which cannot be called", hint="pass a function of tensors")
+    if isinstance(candidates, str) or not candidates:
+        raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
+    for name in candidates:
+        if name not in NAMES:
+            raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
+    if not (isinstance(backward, bool) or backward == "auto"):
+        raise ConfigError(f"backward={backward!r}", hint='allowed: True, False, "auto"')
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and 0 < tolerance < math.inf):
+        raise ConfigError(f"tolerance={tolerance!r} is no positive number", hint="write e.g. 0.01 for 1 %")
+
+
+def _guarded(run: Callable[[], Any], fn: Any) -> Any:
+    """Run it; what the function itself raises in fp32 becomes an error that says where."""
+    try:
+        return run()
+    except FloatlineError:
+        raise
+    except Exception as error:  # whatever the function raises
+        place = place_of_error(error)
+        at = f" at {where(place)} ({place.code})" if place is not None else ""
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise ModelError(
+            f"{name} raises {type(error).__name__} in fp32{at}: {error}",
+            hint="it has to run on these inputs before it can be audited",
+        ) from error
+
+
+def _look_for_randomness(program: Program) -> tuple[list[str], bool]:
+    """Say whether the function gives other results from run to run, or with another seed."""
+    first, again, other = (
+        _guarded(lambda seed=seed: program.plain(seed), program.fn)  # type: ignore[misc]
+        for seed in (program.seed, program.seed, program.seed + 1)
+    )
+    if not _same(first, again):
+        return [f"two runs of {program.name} with one seed differ: that is in every error below"], True
+    if not _same(first, other):
+        return [f"{program.name} draws random numbers; every run uses seed {program.seed}"], True
+    return [], False
+
+
+def _same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        a.shape == other[name].shape and bool(((a == other[name]) | (a != a)).all()) for name, a in one.items()
+    )
+
+
+def _refuse_not_finite(truth: Result, errors: Sequence[OutputError], function: str) -> None:
+    for error in errors:
+        value = truth.values[error.name]
+        if value.is_floating_point() and (bool(torch.isnan(value).any()) or math.isinf(error.largest)):
+            raise ModelError(
+                f"{error.name} of {function} is not finite in fp32 already",
+                hint="find the first bad op with fl.diagnose(lambda: fn(*inputs))",
+            )
+
+
+def _not_computed(fp32: Sequence[OutputError], allowed: float) -> list[str]:
+    return [
+        f"fp32 itself is too far off in {error.name} ({cell(error)}): it needs fp64 or another formula, and is not "
+        "held against a format"
+        for error in fp32
+        if not computed(error, allowed)
+    ]
+
+
+def _sentence(candidate: FunctionCandidate, mode: str) -> str:
+    base = f"{candidate.name}-{mode}"
+    worst = _worst(candidate.all_lowered)
+    if candidate.lines is None:
+        text = f"{base} is not safe: {candidate.reason}"
+    elif not candidate.lines:
+        text = f"{base} is safe as it is: {worst}"
+    else:
+        names = ", ".join(where(place) for place in candidate.lines[:6]) + (", ..." if len(candidate.lines) > 6 else "")
+        of = f"{len(candidate.lines)} of {candidate.audited} lines in fp32 ({names})"
+        assert candidate.effect is not None
+        text = f"{base} needs {of}: {worst} without and {_worst(candidate.effect)} with them"
+    if candidate.illegal:
+        text += f"; the target does not run it: {candidate.illegal}"
+    return text + "."
+
+
+def _worst(effect: FunctionEffect) -> str:
+    """Return the worst output in words."""
+    if effect.error:
+        return "it does not run"
+    floats = [error for error in effect.outputs if not error.decisions]
+    decided = [error for error in effect.outputs if error.decisions]
+    parts = []
+    if floats:
+        worst = max(floats, key=lambda error: error.relative)
+        parts.append(f"{worst.name} is {percent(worst.relative)} off")
+    if decided:
+        worst = max(decided, key=lambda error: error.flipped / error.decisions)
+        parts.append(f"{worst.flipped} of {worst.decisions} decisions of {worst.name} flip")
+    return " and ".join(parts)
