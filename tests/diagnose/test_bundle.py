@@ -210,6 +210,7 @@ def test_a_field_of_another_kind_is_refused(tmp_path, field, value, said):
         load_bundle(file)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_any_damage_is_a_bundle_error(tmp_path):
     file = save_bundle(failed(step_of()), tmp_path) / FILE
     with zipfile.ZipFile(file) as whole:

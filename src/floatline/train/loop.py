@@ -16,7 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
+from floatline.errors import NonFiniteError
 from floatline.observe import peak_memory, reset_peak_memory
+from floatline.step.soundness import not_finite
 from floatline.train import rng
 from floatline.train.best import Best
 from floatline.train.checkpoint import checkpoint_path, find_fault, prune, save_checkpoint
@@ -186,8 +188,13 @@ class Loop:
         return self.best.note(evaluation, done)
 
     def _save(self) -> None:
-        """Write a checkpoint of this moment and prune old ones."""
+        """Write a checkpoint of this moment and prune old ones.
+
+        Raises:
+            NonFiniteError: The optimizer has made something of it that is not finite.
+        """
         run = self.run_
+        self._refuse_poison()
         state = {
             "step": self.step.state_dict(),
             "rng": self.ranks.collect(rng.capture()),  # before the loader, which after a rollback makes an iterator
@@ -206,6 +213,16 @@ class Loop:
         keep = {self.best.step} if self.best.step is not None else set()
         self.ranks.on_first(lambda: prune(directory, keep_last=self.recipe.train.keep_last, keep=keep))
         run.manifest.update(best=self.best.kept, peak_memory_bytes=peak_memory(self.step.device))
+
+    def _refuse_poison(self) -> None:
+        bad = not_finite(self.step.model, self.step.optimizer)
+        if self.step.agreement.any(bool(bad)):
+            what = bad or "a share of another rank"
+            raise NonFiniteError(
+                f"stopped before the checkpoint of update {self.step.updates}: {what} is not finite, though loss and "
+                "gradients were: the optimizer made it so",
+                hint="earlier checkpoints are sound; look at its eps, betas and lr, or fl.diagnose(..., optimizer)",
+            )
 
     def _write_answers(self, evaluation: Evaluation) -> None:
         lines = [json.dumps(asdict(answer)) + "\n" for answer in evaluation.answers]

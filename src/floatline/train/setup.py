@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from floatline.errors import CheckpointError
 from floatline.hardware import resolve as resolve_hardware
 from floatline.precision import Policy
 from floatline.precision import resolve as resolve_precision
 from floatline.step import Guard, TrainStep
+from floatline.step.soundness import not_finite
 from floatline.techniques import OneRank, Stack
 from floatline.train import rng
 from floatline.train.adapter_weights import AdapterWeights, make_weights
@@ -196,6 +198,7 @@ def _build(
     if checkpoint:
         state = weights.resume(checkpoint)
         step.load_state_dict(state["step"])
+        _refuse_poisoned(checkpoint, step)
         say(f"resumed from {checkpoint} (update {step_of(checkpoint)})")
         state["best"] = ranks.on_first(partial(_best_that_is_left, state["best"], rundir, say))
     change = partial(change_recipe, resolved, rundir, manifest)
@@ -242,6 +245,20 @@ def _checkpoint_to_go_on_from(rundir: RunDirectory, say: Say) -> Path | None:
     for path, fault in set_damaged_aside(rundir.checkpoints, checkpoint):
         say(f"damaged checkpoint passed over: {fault}, set aside as {path.name}")
     return checkpoint
+
+
+def _refuse_poisoned(checkpoint: Path, step: TrainStep) -> None:
+    """Every update from weights or moments that are not finite would be one as well.
+
+    Raises:
+        CheckpointError: The checkpoint holds some; on each rank, where it is in one rank's share.
+    """
+    name = not_finite(step.model, step.optimizer)
+    if step.agreement.any(bool(name)):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is not finite: {name or 'in the share of another rank'}",
+            hint="remove it, and the same command goes on from the one before; or start anew in another run.dir",
+        )
 
 
 def load_start(recipe: Recipe, policy: Policy, checkpoint: Path | None) -> nn.Module:
