@@ -100,7 +100,10 @@ def test_the_policy_trains_and_is_as_good_as_the_report_says(fault):
     assert bool(outs[-1].applied), "not even a smaller loss scale makes the gradients finite"
     if exact.numel() == 1:
         off = abs(float(outs[0].loss) - float(exact)) / abs(float(exact))
-        assert off == pytest.approx(candidate.effect.loss_error, rel=0.05, abs=2e-5)
+        # fp16 products of a CPU are the step's own; the audit computes them in fp32 and rounds once (fp16_products.py)
+        assert off == pytest.approx(
+            candidate.effect.loss_error, rel=0.05, abs=2e-4 if "16-" in candidate.base[:3] else 2e-5
+        )
 
 
 def test_a_policy_says_what_is_low_again_inside_of_an_island():

@@ -68,8 +68,8 @@ def test_cells_are_coloured_by_what_is_allowed() -> None:
     found = cells(audits.module_row("a", local=0.5, local_backward=2.0, weight_gradient=None, headroom=-1.0,
                                     loss_change=math.inf, gradient_change=0.001), allowed)  # fmt: skip
     assert len(found) == len(COLUMNS)
-    assert [cell.heat for cell in found] == [4, 5, 0, 0, 5, 5, 0, 0]
-    assert [cell.text for cell in found] == ["50 %", "200 %", "", "1 %", "-1.0", "∞", "0.1 %", "10.0 %"]
+    assert [cell.heat for cell in found] == [4, 5, 0, 0, 0, 5, 5, 0, 0]
+    assert [cell.text for cell in found] == ["50 %", "200 %", "", "", "1 %", "-1.0", "∞", "0.1 %", "10.0 %"]
     assert found[-1].bar == pytest.approx(10.0)
 
 
