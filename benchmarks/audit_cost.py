@@ -5,8 +5,8 @@
 Two transformers of 12 layers with random weights, `fl.audit(model, batch)` with its defaults (bf16 and fp16, backward
 included) for an L4 on this CPU: once healthy, once with a planted fp16 overflow (a hidden layer of one MLP 40,000 or
 400,000 times as large, the next matrix as much smaller, so that fp32 does not notice). "search" are the joint
-evaluations of a candidate, beside 2 log2(N) + 10 for its N modules. "CPU s" is the time of all threads: with one thread it is what
-the audit takes on a machine that has nothing else to do, whatever runs beside it here.
+evaluations of a candidate, beside 2 log2(N) + 10 for its N modules. "CPU s" is the time of all threads: with one thread
+it is what the audit takes on a machine that has nothing else to do, whatever runs beside it here.
 """
 
 from __future__ import annotations
