@@ -3,10 +3,10 @@
     python benchmarks/audit_cost.py [--threads 2] [--json FILE]
 
 Two transformers of 12 layers with random weights, `fl.audit(model, batch)` with its defaults (bf16 and fp16, backward
-included) for an L4 on this CPU: once healthy, once with a planted fp16 overflow (a hidden layer of one MLP 4000 times
-as large, the next matrix as much smaller, so that fp32 does not notice). "search" are the joint evaluations of a
-candidate, beside 2 log2(N) + 10 for its N modules. "CPU s" is the time of all threads: what the audit takes on a
-machine that has nothing else to do, whatever runs beside it here.
+included) for an L4 on this CPU: once healthy, once with a planted fp16 overflow (a hidden layer of one MLP 40,000 or
+400,000 times as large, the next matrix as much smaller, so that fp32 does not notice). "search" are the joint
+evaluations of a candidate, beside 2 log2(N) + 10 for its N modules. "CPU s" is the time of all threads: with one thread
+it is what the audit takes on a machine that has nothing else to do, whatever runs beside it here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import floatline as fl
 from common import print_table, progress, report
 
 PACKAGES = ("floatline", "torch", "transformers")
-PLANTED = 4000.0
+PLANTED = 4e4
 
 
 def gpt2() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -56,11 +56,10 @@ def plant(model: torch.nn.Module) -> str:
     named = dict(model.named_modules())
     if "transformer.h.7.mlp" in named:
         named["transformer.h.7.mlp.c_fc"].weight.mul_(PLANTED)
-        named["transformer.h.7.mlp.c_fc"].weight.add_(PLANTED / 20)
         named["transformer.h.7.mlp.c_proj"].weight.div_(PLANTED)
         return "transformer.h.7.mlp.c_fc"
-    named["model.layers.7.mlp.up_proj"].weight.mul_(PLANTED * 100)
-    named["model.layers.7.mlp.down_proj"].weight.div_(PLANTED * 100)
+    named["model.layers.7.mlp.up_proj"].weight.mul_(PLANTED * 10)
+    named["model.layers.7.mlp.down_proj"].weight.div_(PLANTED * 10)
     return "model.layers.7.mlp.up_proj"
 
 
@@ -97,12 +96,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--planted", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows = []
     for name in given.models:
-        for planted in (False, True):
+        for planted in {"no": (False,), "yes": (True,), "both": (False, True)}[given.planted]:
             progress(f"{name}{', planted' if planted else ''}")
             rows.append(measure(name, planted, {}))
     print_table(
