@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from floatline.audit.dice import Dice
 from floatline.audit.exact import Exact
 from floatline.audit.report import Noise
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
+from floatline.observe.error.stochastic import StochasticRounding
 from floatline.precision import Policy
 
 
@@ -43,7 +43,7 @@ def noise_of(
         ratios.append(subject.effect(policy, exacts[batch], batch, what="batches", scale=scale).ratio(tolerance))
     for repeat in range(repeats):
         batch = repeat % len(exacts)
-        dice = partial(Dice, repeat)
+        dice = partial(StochasticRounding, repeat)
         again = subject.effect(policy, exacts[batch], batch, what="noise", scale=scale, around=dice)
         ratios.append(again.ratio(tolerance))
     return Noise(ratios=tuple(ratios), confidence=confidence(ratios))

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from floatline.audit.factories import SaidDtype
 from floatline.audit.fp16_products import FP16Products
 from floatline.audit.fp32_lines import FP32Lines, Line
 from floatline.audit.outputs import Tensors, outputs_of, path_name
@@ -145,7 +144,6 @@ class Program:
             inputs = self._made(fmt if lines is None else None, backward)
             meter = None
             if local is not None:
-                stack.enter_context(SaidDtype())
                 meter = stack.enter_context(metering(local=local))
                 for name in self.floats:
                     meter.shadows.set(inputs[name], self._inputs[name].detach().double())

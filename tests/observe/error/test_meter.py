@@ -253,3 +253,23 @@ def test_any_chain_of_ops_has_its_fp64_value_as_shadow(ops, dtype, seed):
         meter.enter("forward")
         out = run(start.to(dtype))
     assert torch.allclose(meter.shadows.of(out), run(start.double()), rtol=1e-12, atol=1e-15)
+
+
+def test_factories_that_are_called_without_a_format_are_exact():
+    meter, out = readings_of(
+        lambda: torch.linspace(0, 1, 8).half() @ torch.full((8,), 0.1).half() + torch.arange(0, 1, 0.3).sum()
+    )
+    exact = torch.linspace(0, 1, 8, dtype=torch.float64) @ torch.full((8,), 0.1, dtype=torch.float64)
+    exact = exact + torch.arange(0, 1, 0.3, dtype=torch.float64).sum()
+    assert meter.shadows.of(out).item() == pytest.approx(exact.item(), rel=1e-12) and not meter.unmeasured
+
+
+def test_a_fill_of_fp16_with_scores_added_is_no_overflow():
+    scores = torch.tensor([-40.0, 3.0]).half() + torch.tensor([torch.finfo(torch.float16).min, 0.0]).half()
+    assert torch.isinf(scores[0])
+    meter, _ = readings_of(
+        lambda: torch.tensor([-40.0, 3.0]).half() + torch.tensor([torch.finfo(torch.float16).min, 0.0]).half()
+    )
+    assert all(r.measure.overflow == 0 for r in meter.readings)
+    meter, _ = readings_of(lambda: torch.tensor([-300.0, 3.0]).half() * 300)
+    assert any(r.measure.overflow > 0 for r in meter.readings)

@@ -27,6 +27,8 @@ SAMPLE = 2**16
 ILL = 0.02
 """Relative error in fp32 from which no half format is to blame: all but noise has cancelled. Below it fp32 is worth
 keeping, for bf16 is 65,536 times coarser and fp16 8,192 times: nothing would be left of the result there."""
+HALF_FILL, AROUND = -65504.0, 256.0
+"""fp16's own lowest number is a fill as well, with a score added to it or without."""
 FILL = -1e8
 """Values at or below it are taken for the fill of a mask: no activation is there, and -inf masks as well."""
 _BY_DTYPE = {f"torch.{fmt.torch_name}": fmt for fmt in FORMATS.values() if fmt.torch_name}
@@ -132,7 +134,7 @@ def measure(
     number_format = format_of(low.dtype)
     lowest, highest = _ends(exact)
     lost = not excused and not _is_finite(low) and _lost(low, exact)
-    plain = lowest > FILL and math.isfinite(highest)
+    plain = not _may_fill(lowest) and math.isfinite(highest)
     largest = max(abs(highest), abs(lowest)) if plain else _largest(exact)
     samples = [None if t is None else sampled(t).double() for t in (low, fp32, reached)]
     e, l_, f, r = _unmasked(lowest, sampled(exact), *samples)
@@ -219,10 +221,19 @@ def _error(value: torch.Tensor, exact: torch.Tensor, scale: float) -> float:
 
 def _unmasked(lowest: float, exact: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     """Return the tensors with zeros where the exact one is the fill of a mask."""
-    if lowest > FILL:
+    if not _may_fill(lowest):
         return (exact, *others)
-    fill = exact <= FILL
+    fill = _fills(exact)
     return tuple(None if tensor is None else tensor.masked_fill(fill, 0) for tensor in (exact, *others))
+
+
+def _may_fill(lowest: float) -> bool:
+    return lowest <= HALF_FILL + AROUND
+
+
+def _fills(exact: torch.Tensor) -> torch.Tensor:
+    """Say which values are the fill of a mask."""
+    return (exact <= FILL) | ((exact - HALF_FILL).abs() <= AROUND)
 
 
 def _ends(tensor: torch.Tensor) -> tuple[float, float]:
@@ -237,9 +248,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 def _lost(value: torch.Tensor, exact: torch.Tensor) -> bool:
     """Say whether any element is not finite though the exact one is, and is no fill."""
-    return bool((~torch.isfinite(value) & torch.isfinite(exact) & (exact > FILL)).any())
+    return bool((~torch.isfinite(value) & torch.isfinite(exact) & ~_fills(exact)).any())
 
 
 def _largest(exact: torch.Tensor) -> float:
     """Return the largest magnitude among the finite values that are no fill."""
-    return float(torch.where(torch.isfinite(exact) & (exact > FILL), exact, 0.0).abs().amax())
+    return float(torch.where(torch.isfinite(exact) & ~_fills(exact), exact, 0.0).abs().amax())

@@ -364,6 +364,9 @@ class _Call:
             call.exact[id(few)] = sampled(self.exact[id(given)])
         return call
 
+    def _takes(self, name: str) -> bool:
+        return any(argument.name == name for argument in self.func._schema.arguments)
+
     def again(self, values: dict[int, torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor] | None:
         """Run it once more.
 
@@ -396,6 +399,8 @@ class _Call:
 
         args = [changed(value) for value in self.args]
         kwargs = {key: changed(value) for key, value in self.kwargs.items()}
+        if dtype is not None and not self.reads and kwargs.get("dtype") is None and self._takes("dtype"):
+            kwargs["dtype"] = dtype  # a factory that was called without one
         if dtype is not None and self.name in ("_softmax", "_log_softmax"):
             args[2] = False  # half_to_float
         func = EXACT_KERNELS.get(self.name, self.func) if dtype is torch.float64 else self.func

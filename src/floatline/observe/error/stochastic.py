@@ -6,6 +6,14 @@ fell: an error that is there in every run is the format's, one that comes and go
 
 It is what CADNA and Verificarlo do for numerical codes, at the price of about one fp32 step a run.
 
+The rounding is done in fp32, quick enough for large weights:
+
+    steps = x / 2^(e - m)              of the format; exact, for it divides by a power of two
+    floor(steps), one more with the probability steps - floor(steps), times 2^(e - m)
+
+`rounding.py` does it in fp64 for every format, with 53 bits of randomness. fp32 splits a step of a half format into
+2^13 parts at least. Values that are not finite stay as they are; beyond the format's end they become infinite.
+
 Not covered: what is decided by it (comparisons see the rounded values); fp32 kernels and half kernels may differ in
 more than their rounding.
 """
@@ -20,8 +28,9 @@ from torch.utils._pytree import tree_map
 
 from floatline.observe.error.measures import format_of
 from floatline.observe.error.meter import AUTOCAST, HALVES, PLAIN
-from floatline.observe.error.rounding import round_to
 from floatline.observe.real import tensors_in
+
+_EXPONENT = 0x7F800000
 
 
 class StochasticRounding(TorchDispatchMode):
@@ -57,7 +66,7 @@ class StochasticRounding(TorchDispatchMode):
             return out
         for result, exact in zip(tensors_in(out), tensors_in(wide)):
             if result.dtype in HALVES and result.shape == exact.shape and exact.dtype == torch.float32:
-                result.copy_(round_to(exact, format_of(result.dtype), stochastic=True, generator=self._bits(result)))
+                result.copy_(rounded_at_random(exact, result.dtype, self._bits(result)))
         return out
 
     def _bits(self, tensor: torch.Tensor) -> torch.Generator:
@@ -84,3 +93,24 @@ def _widened(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.dtype in HALVES:
         return value.float()
     return torch.float32 if value in HALVES else value
+
+
+def rounded_at_random(wide: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Round values up or down at random, so that the mean is exact.
+
+    Args:
+        wide: fp32.
+        dtype: A half format.
+        generator: Of the random bits.
+
+    Returns:
+        The rounded values in `dtype`.
+    """
+    fmt = format_of(dtype)
+    step = (wide.contiguous().view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=fmt.min_normal)
+    step.mul_(2.0**-fmt.mantissa_bits)
+    share = wide / step
+    below = share.floor()
+    draw = torch.rand(wide.shape, device=wide.device, generator=generator, dtype=torch.float32)
+    rounded = below.add_(draw < share.sub_(below)).mul_(step)
+    return torch.where(torch.isfinite(wide), rounded, wide).to(dtype)
