@@ -91,7 +91,7 @@ def _needed(reading: Reading, ratio: float) -> Judged:
     if reading.flipped:
         alone = f"{reading.flipped} of {reading.decisions} decisions come out otherwise"
     else:
-        alone = f"by itself {_percent(reading.measure.error if reading.measure is not None else 0.0)} off"
+        alone = f"by itself {percent(reading.measure.error if reading.measure is not None else 0.0)} off"
     failure: Failure = "range" if math.isinf(ratio) else "rounding"
     return Judged(failure=failure, severity=ratio, why=f"{alone}; the step {together} without this module in fp32")
 
@@ -103,17 +103,17 @@ def _range(measure: Measure | None) -> list[Judged]:
     found = []
     if measure.overflow:
         over = f"values reach {2**-measure.headroom * end:.3g}" if measure.headroom < 0 else "an intermediate overflows"
-        why = f"{over}, {measure.format} ends at {end:.5g} ({_percent(measure.overflow)} of them lost)"
+        why = f"{over}, {measure.format} ends at {end:.5g} ({percent(measure.overflow)} of them lost)"
         found.append(Judged(failure="range", severity=math.inf, why=why))
-    why = f"{_percent(measure.underflow)} of the values are zero in {measure.format} and carry "
-    why += f"{_percent(measure.underflow_error)} of the result"
+    why = f"{percent(measure.underflow)} of the values are zero in {measure.format} and carry "
+    why += f"{percent(measure.underflow_error)} of the result"
     return [*found, Judged(failure="range", severity=measure.underflow_error / FLUSHED, why=why)]
 
 
 def _stagnation(reading: Reading) -> list[Judged]:
     if reading.stalled is None or reading.measure is None:
         return []
-    lost = _percent(reading.stalled)
+    lost = percent(reading.stalled)
     why = f"{lost} of the increments are below half an ulp of the running sum and are lost"
     if reading.ran in ADDING:
         why = f"over {reading.calls} turns of a loop {lost} of the result are lost: increments are below half an ulp"
@@ -124,7 +124,7 @@ def _rounding(reading: Reading) -> list[Judged]:
     measure = reading.measure
     if measure is None or not measure.sound:
         return []
-    why = f"exact inputs give a result that is {_percent(measure.error)} off; in fp32 {measure.error_fp32:.1e}"
+    why = f"exact inputs give a result that is {percent(measure.error)} off; in fp32 {measure.error_fp32:.1e}"
     allowed = GRADIENT if reading.phase == "backward" else ROUNDING
     return [Judged(failure="rounding", severity=measure.error / allowed, why=why)]
 
@@ -137,10 +137,12 @@ def _decisions(reading: Reading) -> list[Judged]:
     return [Judged(failure="rounding", severity=share / FLIPPED, why=why)]
 
 
-def _percent(share: float) -> str:
-    """Return a share as text.
+def percent(share: float) -> str:
+    """Return a share as text, with two digits.
 
-    >>> _percent(0.25), _percent(0.00012), _percent(math.inf)
-    ('25 %', '0.012 %', 'all')
+    >>> percent(0.25), percent(0.00012), percent(5.914), percent(math.inf)
+    ('25 %', '0.012 %', '591 %', 'all')
     """
-    return "all" if math.isinf(share) else f"{share * 100:.2g} %"
+    if math.isinf(share):
+        return "all"
+    return f"{share * 100:.0f} %" if share >= 1 else f"{share * 100:.2g} %"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from floatline.audit.candidate import Lowered
+from floatline.audit.judging import percent
 from floatline.audit.report import Candidate, Row
+from floatline.audit.tolerance import Effect
 from floatline.audit.update_report import UpdateReport
 
 
@@ -33,18 +35,30 @@ def _of(candidate: Candidate, modules: int, rows: Sequence[Row]) -> str:
     if candidate.policy is None:
         text = f"{candidate.base} is not safe, with whatever islands: {candidate.reason}"
     elif not candidate.islands and not failing:
-        text = f"{candidate.base} is safe as it is: loss within {_percent(lowered.loss_error)}, gradient within "
-        text += f"{_percent(lowered.gradient_error)} of fp64"
+        text = f"{candidate.base} is safe as it is: {_within(lowered)} of fp64"
     elif not candidate.islands:
         text = f"{candidate.base} is within the tolerance, but {failing} ops outside of modules fail (see the advice)"
     else:
         assert effect is not None
-        before = _percent(lowered.gradient_error) if lowered.finite else "not finite"
-        text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32: the gradient's error is "
-        text += f"{before} without and {_percent(effect.gradient_error)} with them"
+        text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32: the "
+        text += _before_and_after(lowered, effect)
     if candidate.illegal:
         text += f"; the target does not run it: {candidate.illegal}"
     return text + "."
+
+
+def _within(effect: Effect) -> str:
+    if not effect.gradient_error:  # the forward alone
+        return f"outputs within {percent(effect.loss_error)}"
+    return f"loss within {percent(effect.loss_error)}, gradient within {percent(effect.gradient_error)}"
+
+
+def _before_and_after(before: Effect, after: Effect) -> str:
+    forward = not after.gradient_error
+    what = "outputs' error" if forward else "gradient's error"
+    errors = [effect.loss_error if forward else effect.gradient_error for effect in (before, after)]
+    without = percent(errors[0]) if before.finite else "not finite"
+    return f"{what} is {without} without and {percent(errors[1])} with them"
 
 
 def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
@@ -67,7 +81,3 @@ def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
     if updates is not None and updates.advice:
         found.append(updates.advice)
     return tuple(dict.fromkeys(found))
-
-
-def _percent(value: float) -> str:
-    return f"{value * 100:.2g} %"
