@@ -13,6 +13,14 @@ from floatline.errors import ConfigError, FloatlineWarning
 from floatline.techniques import HOMES, Stack, make_technique
 
 PAIRS = list(itertools.combinations(SPECS.values(), 2))
+COMPILED_WITH = {"accumulation", "checkpointing", "lora"}
+"""What is paired with compile in the suite; the others, of seconds each, are in the long runs."""
+
+
+def _pair(one, other):
+    names = {one.name, other.name}
+    marks = [pytest.mark.soak] if "compile" in names and not names & COMPILED_WITH else []
+    return pytest.param(one, other, id=f"{one.name}+{other.name}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +189,7 @@ def test_state_loads_with_and_without(name, zoo):
         assert distance(weights, expected, start) <= tolerance([spec], plain_precision)
 
 
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=[f"{a.name}+{b.name}" for a, b in PAIRS])
+@pytest.mark.parametrize(("one", "other"), [_pair(*pair) for pair in PAIRS])
 def test_pairs(one, other, zoo, plain):
     reason = contract.conflict(one, other)
     if reason is not None:

@@ -58,11 +58,13 @@ def test_killed_three_times(recipe_file, tmp_path, losses):
     assert kill_and_resume(recipe_file, tmp_path, losses, kills=3, seed=0) >= 1
 
 
+@pytest.mark.soak
 def test_a_run_with_adapters_is_killed_once(recipe_file, tmp_path, losses):
     overrides = ["techniques.lora.dropout=0.1", "techniques.freezing.modules=[model.visual]"]
     kill_and_resume(recipe_file, tmp_path, losses, kills=1, seed=0, overrides=overrides)
 
 
+@pytest.mark.soak
 def test_a_run_in_fp8_is_killed_once(recipe_file, tmp_path, losses):
     overrides = ["precision=fp8-mixed; model.language_model.layers=fp8"]
     kill_and_resume(recipe_file, tmp_path, losses, kills=1, seed=0, overrides=overrides)

@@ -245,7 +245,7 @@ def wait_for_update(process, run, step):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_killed_rank_ends_the_run_clearly_and_one_rank_goes_on(recipe, losses, tmp_path, victim):
     overrides = [ON, "train.steps=30", "eval.every=100", "eval.generate=false", "eval.max_samples=2"]
     run = tmp_path / "run"

@@ -108,6 +108,11 @@ class Sentinel:
         self._row: dict[bool, int] = {True: 0, False: 0}
         self._pending: Judged | None = None
 
+    @property
+    def faults_in_a_row(self) -> int:
+        """Faults since the last update that was made."""
+        return self._row[True]
+
     @staticmethod
     def judge(loss: torch.Tensor, grad_norm: torch.Tensor, buffers: torch.Tensor | None = None) -> torch.Tensor:
         """Return a 0-d bool tensor: all finite.

@@ -188,13 +188,14 @@ class Loop:
         return self.best.note(evaluation, done)
 
     def _save(self) -> None:
-        """Write a checkpoint of this moment and prune old ones.
+        """Write a checkpoint of this moment and prune old ones; none while the guard counts updates of such weights.
 
         Raises:
             NonFiniteError: The optimizer has made something of it that is not finite.
         """
         run = self.run_
-        self._refuse_poison()
+        if self._is_poisoned():
+            return
         state = {
             "step": self.step.state_dict(),
             "rng": self.ranks.collect(rng.capture()),  # before the loader, which after a rollback makes an iterator
@@ -214,15 +215,19 @@ class Loop:
         self.ranks.on_first(lambda: prune(directory, keep_last=self.recipe.train.keep_last, keep=keep))
         run.manifest.update(best=self.best.kept, peak_memory_bytes=peak_memory(self.step.device))
 
-    def _refuse_poison(self) -> None:
+    def _is_poisoned(self) -> bool:
+        """Say whether weights are not finite that the guard knows of: it has condemned the last update."""
         bad = not_finite(self.step.model, self.step.optimizer)
-        if self.step.agreement.any(bool(bad)):
-            what = bad or "a share of another rank"
-            raise NonFiniteError(
-                f"stopped before the checkpoint of update {self.step.updates}: {what} is not finite, though loss and "
-                "gradients were: the optimizer made it so",
-                hint="earlier checkpoints are sound; look at its eps, betas and lr, or fl.diagnose(..., optimizer)",
-            )
+        if not self.step.agreement.any(bool(bad)):
+            return False
+        if self.step.sentinel.faults_in_a_row:
+            return True
+        what = bad or "a share of another rank"
+        raise NonFiniteError(
+            f"stopped before the checkpoint of update {self.step.updates}: {what} is not finite, though loss and "
+            "gradients were: the optimizer made it so",
+            hint="earlier checkpoints are sound; look at its eps, betas and lr, or fl.diagnose(..., optimizer)",
+        )
 
     def _write_answers(self, evaluation: Evaluation) -> None:
         lines = [json.dumps(asdict(answer)) + "\n" for answer in evaluation.answers]
