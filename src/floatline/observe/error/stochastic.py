@@ -6,13 +6,9 @@ fell: an error that is there in every run is the format's, one that comes and go
 
 It is what CADNA and Verificarlo do for numerical codes, at the price of about one fp32 step a run.
 
-The rounding is done in fp32, quick enough for large weights:
-
-    steps = x / 2^(e - m)              of the format; exact, for it divides by a power of two
-    floor(steps), one more with the probability steps - floor(steps), times 2^(e - m)
-
-`rounding.py` does it in fp64 for every format, with 53 bits of randomness. fp32 splits a step of a half format into
-2^13 parts at least. Values that are not finite stay as they are; beyond the format's end they become infinite.
+The rounding adds 16 random bits (13 for fp16) below the last place that the format keeps, and cuts off there: a carry
+comes with just the probability of rounding up. Beyond the format's end values become infinite, as in rounding to
+nearest. `rounding.py` does it in fp64 for every format, with 53 random bits.
 
 Not covered: what is decided by it (comparisons see the rounded values); fp32 kernels and half kernels may differ in
 more than their rounding.
@@ -20,17 +16,22 @@ more than their rounding.
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_map
 
+from floatline.formats import NumberFormat
 from floatline.observe.error.measures import format_of
 from floatline.observe.error.meter import AUTOCAST, HALVES, PLAIN
 from floatline.observe.real import tensors_in
 
-_EXPONENT = 0x7F800000
+_BITS = 16
+CHUNK = 2**18
+"""Elements that are rounded at a time: they stay in the cache."""
 
 
 class StochasticRounding(TorchDispatchMode):
@@ -43,7 +44,7 @@ class StochasticRounding(TorchDispatchMode):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._dice: dict[torch.device, Dice] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -66,14 +67,13 @@ class StochasticRounding(TorchDispatchMode):
             return out
         for result, exact in zip(tensors_in(out), tensors_in(wide)):
             if result.dtype in HALVES and result.shape == exact.shape and exact.dtype == torch.float32:
-                result.copy_(rounded_at_random(exact, result.dtype, self._bits(result)))
+                result.copy_(rounded_at_random(exact, result.dtype, self._dice_of(result)))
         return out
 
-    def _bits(self, tensor: torch.Tensor) -> torch.Generator:
-        device = tensor.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
+    def _dice_of(self, tensor: torch.Tensor) -> Dice:
+        if tensor.device not in self._dice:
+            self._dice[tensor.device] = Dice(self._seed, tensor.device)
+        return self._dice[tensor.device]
 
 
 def _rounds(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
@@ -95,22 +95,58 @@ def _widened(value: Any) -> Any:
     return torch.float32 if value in HALVES else value
 
 
-def rounded_at_random(wide: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+class Dice:
+    """Random bits, drawn once and used again from random places: drawing them anew costs more than the rounding.
+
+    Args:
+        seed: Of torch's generator.
+        device: Where they are.
+    """
+
+    def __init__(self, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._places = random.Random(seed)
+        self._pool = torch.randint(
+            0, 2**_BITS, (2 * CHUNK,), dtype=torch.int32, device=device, generator=self._generator
+        )
+
+    def bits(self, count: int) -> torch.Tensor:
+        """Return `count` (at most `CHUNK`) int32 of 16 random bits each."""
+        start = self._places.randrange(CHUNK)
+        return self._pool[start : start + count]
+
+
+def rounded_at_random(wide: torch.Tensor, dtype: torch.dtype, dice: Dice) -> torch.Tensor:
     """Round values up or down at random, so that the mean is exact.
 
     Args:
         wide: fp32.
         dtype: A half format.
-        generator: Of the random bits.
+        dice: The random bits.
 
     Returns:
         The rounded values in `dtype`.
     """
     fmt = format_of(dtype)
-    step = (wide.contiguous().view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=fmt.min_normal)
-    step.mul_(2.0**-fmt.mantissa_bits)
-    share = wide / step
+    drop = 23 - fmt.mantissa_bits
+    flat = wide.reshape(-1)
+    out = torch.empty(flat.shape, dtype=dtype, device=wide.device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK].contiguous()
+        bits = dice.bits(part.numel()) >> (_BITS - drop)
+        cut = bits.add_(part.view(torch.int32)).bitwise_and_(-(2**drop)).view(torch.float32)
+        if fmt.name == "fp16":  # bf16's subnormals are fp32's
+            small = part.abs() < fmt.min_normal
+            cut[small] = _subnormal(part[small], fmt, dice.bits(part.numel())[small])
+        if not bool(torch.isfinite(part.sum())):
+            cut = torch.where(torch.isfinite(part), cut, part)
+        out[start : start + CHUNK] = cut.to(dtype)
+    return out.view(wide.shape)
+
+
+def _subnormal(values: torch.Tensor, fmt: NumberFormat, bits: torch.Tensor) -> torch.Tensor:
+    """Round values below the smallest normal one: their grid has the one step of the smallest subnormal."""
+    step = 2.0 ** (math.log2(fmt.min_normal) - fmt.mantissa_bits)
+    share = values / step
     below = share.floor()
-    draw = torch.rand(wide.shape, device=wide.device, generator=generator, dtype=torch.float32)
-    rounded = below.add_(draw < share.sub_(below)).mul_(step)
-    return torch.where(torch.isfinite(wide), rounded, wide).to(dtype)
+    return below.add_(bits * 2.0**-_BITS < share - below).mul_(step)
