@@ -99,6 +99,9 @@ def audit(
     """
     started = time.perf_counter()
     _check(model, candidates, mode, repeats, probes)
+    _check_others(optimizer, most_trials, seed)
+    candidates = tuple(dict.fromkeys(candidates))
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: it runs eager here
     allowed = Tolerance.of(tolerance)
     target = resolve(hardware)
     batches = batch if isinstance(batch, list) else [batch]
@@ -163,6 +166,17 @@ def _check(model: Any, candidates: Any, mode: str, repeats: int, probes: int | N
     for key, value in {"repeats": repeats, "probes": probes}.items():
         if value is not None and (not isinstance(value, int) or value < 0):
             raise ConfigError(f"{key}={value!r}", hint="give a number of runs, 0 or more")
+
+
+def _check_others(optimizer: Any, most_trials: Any, seed: Any) -> None:
+    if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer={optimizer!r}", hint="give an optimizer or a factory: lambda p: torch.optim.AdamW(p, lr=1e-5)"
+        )
+    if most_trials is not None and (not isinstance(most_trials, int) or most_trials < 2):
+        raise ConfigError(f"most_trials={most_trials!r}", hint="give 2 or more, or None")
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed={seed!r}", hint="give a whole number")
 
 
 def _look_for_randomness(subject: Subject) -> None:

@@ -107,7 +107,7 @@ class AuditRequest:
 
 
 def _check_counts(request: AuditRequest) -> None:
-    least = {"repeats": 0, "probes": 0, "most_trials": 1, "batches": 1}
+    least = {"repeats": 0, "probes": 0, "most_trials": 2, "batches": 1}
     for name, smallest in least.items():
         value = getattr(request, name)
         if value is not None and value < smallest:

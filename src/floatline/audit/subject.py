@@ -83,8 +83,10 @@ class Subject:
         self.loss = loss
         self.seed = seed
         self.model = self._copied(model)
+        self._original = frozenset(map(id, model.modules()))
+        odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         self.device = next(self.model.parameters()).device
-        self.batches = [_detached(move(batch, self.device)) for batch in batches]
+        self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._weights = {name: t.detach().clone() for name, t in _tensors(self.model)}
 
@@ -94,6 +96,14 @@ class Subject:
             raise ModelError(
                 f"{type(model).__name__} has no floating-point parameters: there is no precision to audit",
                 hint="audit_function(fn, inputs) audits plain functions of tensors",
+            )
+        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+            raise ModelError(
+                f"{type(model).__name__} has lazy parameters without a shape", hint="run it on a batch once before"
+            )
+        if any(p.is_meta for p in model.parameters()):
+            raise ModelError(
+                f"{type(model).__name__} is on the meta device", hint="give it weights: precision is theirs"
             )
         try:
             made = copy.deepcopy(model)
@@ -109,6 +119,8 @@ class Subject:
             module.training = module.training and isinstance(module, _KEEP_MODE)
             if isinstance(module, nn.RNNBase):
                 module.dropout = 0.0
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False  # the same gradient, of which every element has a shadow
         for parameter in made.parameters():
             parameter.grad = None
         return made
@@ -185,7 +197,7 @@ class Subject:
     def loss_once(self, batch: int = 0) -> torch.Tensor:
         """Return a scalar of one fp32 forward, for a backward of somebody else's."""
         self.passes.add("fp8")
-        value = self._value(self.model, self.batches[batch])
+        value = self._value(self.model, _fresh(self.batches[batch]))
         return value.reshape(()) if value.numel() == 1 else (value.float() * self._direction(value)).sum()
 
     def read(self, policy: Policy, scale: float, batch: int = 0) -> Metered:
@@ -213,7 +225,25 @@ class Subject:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
         with self._started(Policy.parse("32-true"), seed), torch.no_grad():
-            return self._value(self.model, self.batches[batch]).detach().clone()
+            with self._original_refused():
+                return self._value(self.model, _fresh(self.batches[batch])).detach().clone()
+
+    @contextmanager
+    def _original_refused(self) -> Iterator[None]:
+        """Raise where the loss runs the user's model, which it closes over, and not the copy that it is given."""
+
+        def look(module: nn.Module, args: Any) -> None:
+            if id(module) in self._original:
+                raise ModelError(
+                    "the loss runs your model and not the one that it is given",
+                    hint="write loss(model, batch) with the model of its arguments: a copy is audited",
+                )
+
+        handle = nn.modules.module.register_module_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _started(self, policy: Policy, seed: int | None = None) -> Iterator[AppliedPrecision]:
@@ -224,7 +254,8 @@ class Subject:
             stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
             if self.hardware.kind == "cuda" and not devices:
                 stack.enter_context(cuda_autocast())
-            if "fp16" in policy.formats and self._recurrent:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self._recurrent:
                 stack.enter_context(_without_onednn())
             if "fp16" in policy.formats and not devices:
                 stack.enter_context(FP16Products())
@@ -252,7 +283,7 @@ class Subject:
             meter.enter("forward")
         with torch.enable_grad() if self.backward else torch.no_grad():
             with applied.autocast():
-                value = self._value(self.model, self.batches[batch])
+                value = self._value(self.model, _fresh(self.batches[batch]))
             if self.backward:
                 self._backward(value, scale, meter)
         with _disable_current_modes():  # looking is no part of the step
@@ -294,7 +325,8 @@ class Subject:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Run recurrent layers by torch's own kernels: oneDNN has none in fp16 on most CPUs, and raises."""
+    """Run recurrent layers by torch's own kernels: oneDNN has none in fp64, so there would be no exact step, and none in
+    fp16 on most CPUs."""
     was = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
@@ -303,8 +335,20 @@ def _without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(was)
 
 
-def _detached(batch: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, batch)
+def _as_weights(batch: Any, odd: set[torch.dtype]) -> Any:
+    """Return a batch detached, in fp32 where it is in the format of weights that the copy has in fp32."""
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.detach().float() if leaf.dtype in odd else leaf.detach()
+
+    return tree_map(changed, batch)
+
+
+def _fresh(batch: Any) -> Any:
+    """Return a copy of a batch: a forward may write into its inputs."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ def output_of(output: Any, source: str) -> torch.Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss
+    if is_dataclass(output) and not isinstance(output, (Mapping, type)):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
