@@ -224,9 +224,8 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), torch.no_grad():
-            with self._original_refused():
-                return self._value(self.model, _fresh(self.batches[batch])).detach().clone()
+        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused():
+            return self._value(self.model, _fresh(self.batches[batch])).detach().clone()
 
     @contextmanager
     def _original_refused(self) -> Iterator[None]:
