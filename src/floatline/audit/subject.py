@@ -324,8 +324,7 @@ class Subject:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Run recurrent layers by torch's own kernels: oneDNN has none in fp64, so there would be no exact step, and none in
-    fp16 on most CPUs."""
+    """Run recurrent layers by torch's own kernels: oneDNN has none in fp64, and on most CPUs none in fp16."""
     was = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
