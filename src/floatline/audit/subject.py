@@ -83,7 +83,7 @@ class Subject:
         self.loss = loss
         self.seed = seed
         self.model = self._copied(model)
-        self._original = frozenset(map(id, model.modules()))
+        self._original = model
         odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         self.device = next(self.model.parameters()).device
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
@@ -224,26 +224,23 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), torch.no_grad():
-            with self._original_refused():
-                return self._value(self.model, _fresh(self.batches[batch])).detach().clone()
+        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused():
+            return self._value(self.model, _fresh(self.batches[batch])).detach().clone()
 
     @contextmanager
     def _original_refused(self) -> Iterator[None]:
         """Raise where the loss runs the user's model, which it closes over, and not the copy that it is given."""
 
-        def look(module: nn.Module, args: Any) -> None:
-            if id(module) in self._original:
-                raise ModelError(
-                    "the loss runs your model and not the one that it is given",
-                    hint="write loss(model, batch) with the model of its arguments: a copy is audited",
-                )
+        def refuse(module: nn.Module, args: Any) -> None:
+            raise ModelError(
+                "the loss runs your model and not the one that it is given",
+                hint="write loss(model, batch) with the model of its arguments: a copy is audited",
+            )
 
-        handle = nn.modules.module.register_module_forward_pre_hook(look)
-        try:
+        with ExitStack() as stack:
+            for module in self._original.modules() if self.loss is not None else ():
+                stack.callback(module.register_forward_pre_hook(refuse).remove)
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _started(self, policy: Policy, seed: int | None = None) -> Iterator[AppliedPrecision]:
@@ -325,8 +322,10 @@ class Subject:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Run recurrent layers by torch's own kernels: oneDNN has none in fp64, so there would be no exact step, and none in
-    fp16 on most CPUs."""
+    """Run recurrent layers by torch's own kernels.
+
+    oneDNN has none in fp64, so there would be no exact step, and none in fp16 on most CPUs.
+    """
     was = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
