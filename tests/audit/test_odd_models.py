@@ -111,3 +111,13 @@ def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     name, value = next(iter(settings.items()))
     with pytest.raises(ConfigError, match=f"{name}={value!r}"):
         audited(nn.Linear(16, 4), torch.randn(8, 16), **settings)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_the_caller_has_switched_on_changes_nothing(around: Callable[[], Any]) -> None:
+    model, batch = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)), torch.randn(8, 16)
+    plain = audited(model, batch)
+    with around():
+        inside = audited(model, batch)
+    assert inside.fp32 == plain.fp32
+    assert inside.candidates["bf16"].all_lowered == plain.candidates["bf16"].all_lowered

@@ -256,6 +256,7 @@ class Subject:
                 stack.enter_context(_without_onednn())
             if "fp16" in policy.formats and not devices:
                 stack.enter_context(FP16Products())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the caller's, if he has one
             torch.manual_seed(self.seed if seed is None else seed)
             before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
@@ -301,7 +302,7 @@ class Subject:
 
     def _direction(self, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        made = torch.randn(value.shape, generator=generator) / value.numel()
+        made = torch.randn(value.shape, generator=generator, dtype=torch.float32) / value.numel()
         return made.to(value.device)
 
     def _value(self, model: nn.Module, batch: Any) -> torch.Tensor:
