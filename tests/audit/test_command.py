@@ -168,7 +168,7 @@ def test_files_with_weights() -> None:
         ({"optimizer": "adamv"}, "unknown optimizer 'adamv'", "adamw"),
         ({"lr": 0.0}, "--lr 0.0 is no learning rate", "above 0"),
         ({"repeats": -1}, "--repeats -1 is too few", "0 or more"),
-        ({"most_trials": 0}, "--most-trials 0 is too few", "1 or more"),
+        ({"most_trials": 0}, "--most-trials 0 is too few", "2 or more"),
         ({"backward": False, "fp8": True}, "--fp8 needs the backward", "leave out --fp8"),
         ({"backward": False, "lr": 1e-3}, "--lr needs the backward", "leave out --lr"),
         ({"tolerance": -1.0}, "tolerance=-1.0 is no positive number", "0.05"),

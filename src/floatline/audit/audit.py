@@ -45,6 +45,7 @@ MODES = ("mixed", "true")
 Optimizer = torch.optim.Optimizer | Callable[[list[Any]], torch.optim.Optimizer]
 
 
+@torch.inference_mode(False)  # where the caller has it on, copies would be without gradients
 def audit(
     model: nn.Module,
     batch: Any,

@@ -83,7 +83,7 @@ class Subject:
         self.loss = loss
         self.seed = seed
         self.model = self._copied(model)
-        self._original = frozenset(map(id, model.modules()))
+        self._original = model
         odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         self.device = next(self.model.parameters()).device
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
@@ -231,18 +231,16 @@ class Subject:
     def _original_refused(self) -> Iterator[None]:
         """Raise where the loss runs the user's model, which it closes over, and not the copy that it is given."""
 
-        def look(module: nn.Module, args: Any) -> None:
-            if id(module) in self._original:
-                raise ModelError(
-                    "the loss runs your model and not the one that it is given",
-                    hint="write loss(model, batch) with the model of its arguments: a copy is audited",
-                )
+        def refuse(module: nn.Module, args: Any) -> None:
+            raise ModelError(
+                "the loss runs your model and not the one that it is given",
+                hint="write loss(model, batch) with the model of its arguments: a copy is audited",
+            )
 
-        handle = nn.modules.module.register_module_forward_pre_hook(look)
-        try:
+        with ExitStack() as stack:
+            for module in self._original.modules() if self.loss is not None else ():
+                stack.callback(module.register_forward_pre_hook(refuse).remove)
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _started(self, policy: Policy, seed: int | None = None) -> Iterator[AppliedPrecision]:
@@ -258,6 +256,7 @@ class Subject:
                 stack.enter_context(_without_onednn())
             if "fp16" in policy.formats and not devices:
                 stack.enter_context(FP16Products())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the caller's, if he has one
             torch.manual_seed(self.seed if seed is None else seed)
             before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
@@ -303,7 +302,7 @@ class Subject:
 
     def _direction(self, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        made = torch.randn(value.shape, generator=generator) / value.numel()
+        made = torch.randn(value.shape, generator=generator, dtype=torch.float32) / value.numel()
         return made.to(value.device)
 
     def _value(self, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -324,7 +323,10 @@ class Subject:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Run recurrent layers by torch's own kernels: oneDNN has none in fp64, and on most CPUs none in fp16."""
+    """Run recurrent layers by torch's own kernels.
+
+    oneDNN has none in fp64, so there would be no exact step, and none in fp16 on most CPUs.
+    """
     was = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:

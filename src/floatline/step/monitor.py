@@ -73,6 +73,7 @@ class GradientMonitor:
         ConfigError: A setting is out of range, or `model` is no module or has no parameters.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(2, 1, bias=False)
         >>> monitor = GradientMonitor(model, max_grad_norm=1.0)
         >>> model(torch.tensor([3.0, 4.0])).backward()

@@ -1,0 +1,123 @@
+"""Models and batches from outside: each is audited, or refused with what to do, and the user's own are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import floatline as fl
+from floatline.audit.report import AuditReport
+from floatline.errors import ConfigError, ModelError
+
+
+def audited(model: nn.Module, batch: Any, loss: Any = None, **settings: Any) -> AuditReport:
+    given: dict[str, Any] = {"candidates": ("bf16",), "hardware": "a100-40gb", "repeats": 0, "probes": 0, **settings}
+    return fl.audit(model, batch, loss, **given)
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.add_(1.0))  # type: ignore[no-any-return]
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 16, sparse=True), nn.Linear(16, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids).mean(1))  # type: ignore[no-any-return]
+
+
+@dataclass
+class Answer:
+    count: int
+    scores: torch.Tensor
+
+
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> Answer:
+        return Answer(3, self.linear(x))
+
+
+def test_a_batch_that_the_forward_writes_into_stays_as_it_is() -> None:
+    batch = torch.randn(8, 16)
+    before, version = batch.clone(), batch._version
+    report = audited(Writes(), batch)
+    assert torch.equal(batch, before) and batch._version == version
+    assert report.policy == "bf16-mixed"
+    assert not any("differ" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [(Bag, torch.randint(0, 20, (8, 5))), (Answers, torch.randn(8, 16))],
+    ids=["sparse gradients", "a dataclass"],
+)
+def test_it_is_audited(model: Callable[[], nn.Module], batch: torch.Tensor) -> None:
+    assert audited(model(), batch).policy == "bf16-mixed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_batch_in_the_format_of_the_weights(dtype: torch.dtype) -> None:
+    assert audited(nn.Linear(16, 4).to(dtype), torch.randn(8, 16, dtype=dtype)).policy == "bf16-mixed"
+
+
+def test_a_compiled_model_runs_eager() -> None:
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    assert audited(torch.compile(nn.Linear(16, 4), backend=refuse), torch.randn(8, 16)).policy == "bf16-mixed"  # type: ignore[arg-type]
+    inner = nn.Sequential(nn.Linear(16, 16), torch.compile(nn.Linear(16, 4), backend=refuse))  # type: ignore[arg-type]
+    assert audited(inner, torch.randn(8, 16)).policy == "bf16-mixed"
+
+
+def test_a_recurrent_layer_has_an_exact_step() -> None:
+    """oneDNN's layer has no fp64 kernel: its own result stood for the exact one, and bf16 was off by 0."""
+    report = audited(nn.LSTM(16, 8, batch_first=True), torch.randn(4, 6, 16))
+    assert report.candidates["bf16"].all_lowered.gradient_error > 1e-4
+
+
+def test_models_without_weights_are_refused() -> None:
+    with pytest.raises(ModelError, match="lazy parameters without a shape\nhint: run it on a batch once"):
+        audited(nn.LazyLinear(4), torch.randn(8, 16))
+    with pytest.raises(ModelError, match="Linear is on the meta device"):
+        audited(nn.Linear(16, 4, device="meta"), torch.randn(8, 16))
+
+
+def test_a_loss_that_runs_another_model_is_refused_before_it_leaves_gradients() -> None:
+    model = nn.Linear(16, 4)
+    with pytest.raises(ModelError, match="the loss runs your model and not the one that it is given"):
+        audited(model, torch.randn(8, 16), lambda _, batch: model(batch).mean())
+    assert model.weight.grad is None
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"most_trials": 1}, {"seed": "a"}])
+def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value!r}"):
+        audited(nn.Linear(16, 4), torch.randn(8, 16), **settings)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_the_caller_has_switched_on_changes_nothing(around: Callable[[], Any]) -> None:
+    model, batch = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)), torch.randn(8, 16)
+    plain = audited(model, batch)
+    with around():
+        inside = audited(model, batch)
+    assert inside.fp32 == plain.fp32
+    assert inside.candidates["bf16"].all_lowered == plain.candidates["bf16"].all_lowered
