@@ -207,6 +207,13 @@ def test_a_loss_that_is_no_tensor(batch):
         fl.audit(nn.Linear(16, 4), batch[0], lambda model, x: 1.0, **QUICK)
 
 
+def test_a_model_that_does_not_take_the_batch():
+    with pytest.raises(
+        ModelError, match=r"raises in fp32: RuntimeError: mat1 and mat2.*\nhint: run loss\(model, batch\)"
+    ):
+        fl.audit(nn.Linear(16, 4), torch.ones(2, 3), **QUICK)
+
+
 def test_a_stricter_tolerance_asks_for_more(batch):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)), nn.Linear(16, 4))

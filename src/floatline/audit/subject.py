@@ -26,11 +26,12 @@ from floatline.audit.fp16_products import FP16Products
 from floatline.audit.metered import Metered, borders_watched
 from floatline.audit.tolerance import Effect
 from floatline.audit.value import kind, output_of
-from floatline.errors import ModelError
+from floatline.errors import FloatlineError, ModelError
 from floatline.hardware import Hardware
 from floatline.observe.error import ErrorMeter, metering
 from floatline.observe.error.measures import sampled
 from floatline.observe.finite import plain_name
+from floatline.observe.finite.places import place_of_error
 from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
 from floatline.precision.apply import AppliedPrecision, apply_precision
@@ -225,7 +226,18 @@ class Subject:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
         with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused():
-            return self._value(self.model, _fresh(self.batches[batch])).detach().clone()
+            try:
+                value = self._value(self.model, _fresh(self.batches[batch]))
+            except FloatlineError:
+                raise
+            except Exception as error:
+                place = place_of_error(error)
+                raise ModelError(
+                    f"the model or its loss raises in fp32: {type(error).__name__}: {error}"
+                    + (f" ({place.file}:{place.line})" if place is not None else ""),
+                    hint="run loss(model, batch) by itself first: batch and model must fit together",
+                ) from error
+            return value.detach().clone()
 
     @contextmanager
     def _original_refused(self) -> Iterator[None]:
