@@ -24,6 +24,7 @@ from floatline.formats import FORMATS, NumberFormat
 
 SAMPLE = 2**16
 """Elements that are looked at of a large tensor, evenly spaced; a relative RMSE of so many is good to 1 %."""
+HALVES = frozenset({torch.float16, torch.bfloat16})
 ILL = 0.02
 """Relative error in fp32 from which no half format is to blame: all but noise has cancelled. Below it fp32 is worth
 keeping, for bf16 is 65,536 times coarser and fp16 8,192 times: nothing would be left of the result there."""

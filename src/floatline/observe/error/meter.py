@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -29,68 +30,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from floatline.observe.cost import cost_of
+from floatline.observe.error.call import Call, fit
 from floatline.observe.error.chains import ADDING, Chains
-from floatline.observe.error.exact_kernels import EXACT_KERNELS
-from floatline.observe.error.measures import Measure, measure, overflows, relative_error, sampled
+from floatline.observe.error.measures import HALVES, Measure, measure, relative_error, sampled
+from floatline.observe.error.reading import Reading
 from floatline.observe.error.shadows import Shadows
 from floatline.observe.error.sums import swallowed_share
 from floatline.observe.finite.derivatives import Nodes, derivative_that_runs
 from floatline.observe.finite.origins import Spot
 from floatline.observe.finite.places import places
-from floatline.observe.finite.ran import written
-from floatline.observe.real import tensors_in
 
-HALVES = frozenset({torch.float16, torch.bfloat16})
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 _UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
 _STATISTICS = frozenset({"native_layer_norm", "native_batch_norm", "native_group_norm", "_fused_rms_norm"})
 """Ops that also return means and such, small by cancellation: their results are judged by the first one."""
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """One op of a program, all its calls together.
-
-    Attributes:
-        spot: Where it is; in the backward the forward op whose derivative it is.
-        phase: "forward" or "backward".
-        ran: Name of the op that ran: in the backward that of the derivative's formula.
-        measure: The worst of its calls; None where it has only decided.
-        calls: How many.
-        flipped: Decisions that came out otherwise.
-        flipped_here: Those that do so on exact inputs, rounded to the format.
-        decisions: Decisions in all.
-        stalled: Worst share that a running sum would lose (sums.py), or a loop of additions has lost (chains.py); None
-            for other ops.
-        flops: Of all calls.
-    """
-
-    spot: Spot
-    phase: str
-    ran: str
-    measure: Measure | None
-    calls: int = 1
-    flipped: int = 0
-    flipped_here: int = 0
-    decisions: int = 0
-    stalled: float | None = None
-    flops: int = 0
-
-    def joined(self, other: Reading) -> Reading:
-        """Return both as one."""
-        pair = [m for m in (self.measure, other.measure) if m is not None]
-        stalls = [s for s in (self.stalled, other.stalled) if s is not None]
-        return replace(
-            self,
-            measure=None if not pair else pair[0] if len(pair) == 1 else pair[0].joined(pair[1]),
-            calls=self.calls + other.calls,
-            flipped=self.flipped + other.flipped,
-            flipped_here=self.flipped_here + other.flipped_here,
-            decisions=self.decisions + other.decisions,
-            stalled=max(stalls) if stalls else None,
-            flops=self.flops + other.flops,
-        )
 
 
 class ErrorMeter(TorchDispatchMode):
@@ -115,7 +69,7 @@ class ErrorMeter(TorchDispatchMode):
         self.modules: list[str] = [""]
         self.unmeasured: Counter[str] = Counter()
         self._local = local
-        self._readings: dict[tuple[Any, ...], Reading] = {}
+        self._readings: dict[Hashable, Reading] = {}
         self._chains = Chains()
         self._nodes = Nodes()
         self._root: FrameType | None = None
@@ -156,9 +110,9 @@ class ErrorMeter(TorchDispatchMode):
             if name in _UNWRITTEN:
                 self.shadows.forget(out)
             return out
-        call = _Call(func, name, args, kwargs, self.shadows)
+        call = Call(func, name, args, kwargs, self.shadows)
         out = func(*args, **kwargs)
-        self._account(call, [t for t in call.results(out) if t.layout == torch.strided], out)
+        self._account(call, call.results(out), out)
         return out
 
     def _opaque(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -166,7 +120,7 @@ class ErrorMeter(TorchDispatchMode):
         self.unmeasured[func.name()] += 1
         return func(*args, **kwargs)
 
-    def _account(self, call: _Call, results: list[torch.Tensor], out: Any) -> None:
+    def _account(self, call: Call, results: list[torch.Tensor], out: Any) -> None:
         if not results or (not call.writes and all(_shares(tensor, call.reads) for tensor in results)):
             return  # a view by another name
         if call.draws:
@@ -175,9 +129,9 @@ class ErrorMeter(TorchDispatchMode):
         if not call.wanted(results):
             return
         exact = call.again(call.exact, torch.float64)
-        if exact is None or not _fit(exact, results):
+        if exact is None or not fit(exact, results):
             exact = call.again(call.exact_by_given_decisions, torch.float64)
-        if exact is None or not _fit(exact, results):
+        if exact is None or not fit(exact, results):
             self.unmeasured[call.name] += 1
             for tensor in results:
                 self.shadows.forget(tensor)
@@ -189,7 +143,7 @@ class ErrorMeter(TorchDispatchMode):
                 if noise:
                     self.shadows.mark_noise(tensor)
 
-    def _drawn(self, call: _Call, results: list[torch.Tensor]) -> None:
+    def _drawn(self, call: Call, results: list[torch.Tensor]) -> None:
         """Random numbers stand for themselves; dropout keeps its mask."""
         for tensor in results:
             self.shadows.forget(tensor)
@@ -200,22 +154,22 @@ class ErrorMeter(TorchDispatchMode):
 
     # What is measured
 
-    def _note(self, call: _Call, results: list[torch.Tensor], exact: list[torch.Tensor], out: Any) -> bool:
+    def _note(self, call: Call, results: list[torch.Tensor], exact: list[torch.Tensor], out: Any) -> bool:
         """Measure a call; say whether its result is noise in fp32 as well."""
         floats = [tensor for tensor in call.reads if tensor.is_floating_point()]
         if floats and all(self.shadows.is_noise(tensor) for tensor in floats):
             return True
-        flops = cost_of(call.func, call.args, call.kwargs, out)[0]
         lowered = call.lowered(results)
         decisions = [place for place, t in enumerate(results) if call.decides and not t.is_floating_point()]
         flipped = sum(_differing(results[place], exact[place]) for place in decisions)
         decided = sum(results[place].numel() for place in decisions)
-        if lowered and call.name == "_to_copy":  # of large weights a sample is cast, not all again
-            call, results, exact = call.sampled(results), [sampled(results[0])], [sampled(exact[0])]
         if not decisions and not (lowered and self._local):
             return False
+        flops = cost_of(call.func, call.args, call.kwargs, out)[0]
+        if lowered and call.name == "_to_copy":  # of large weights a sample is cast, not all again
+            call, results, exact = call.sampled(results), [sampled(results[0])], [sampled(exact[0])]
         low = call.again(call.exact, None) if lowered and self._local else None
-        if low is not None and not _fit(low, results):
+        if low is not None and not fit(low, results):
             low = None
         excused = low is not None and call.does_not_fit()
         worst = None if low is None else self._measured(call, results, exact, low, excused)
@@ -234,14 +188,14 @@ class ErrorMeter(TorchDispatchMode):
         )
         if call.name in ADDING and results[0].dtype in HALVES:
             operands = [call.exact[id(tensor)] for tensor in floats]
-            lost = self._chains.follow(_key(reading), results[0], exact[0], operands)
+            lost = self._chains.follow(reading.key, results[0], exact[0], operands)
             reading = replace(reading, stalled=lost)
         self._add(reading)
         return worst is not None and not worst.sound
 
     def _measured(
         self,
-        call: _Call,
+        call: Call,
         results: list[torch.Tensor],
         exact: list[torch.Tensor],
         low: list[torch.Tensor],
@@ -252,15 +206,14 @@ class ErrorMeter(TorchDispatchMode):
         for place, (tensor, values) in enumerate(zip(results, exact)):
             if not tensor.is_floating_point() or not tensor.numel() or (place and call.name in _STATISTICS):
                 continue
-            other = fp32[place] if fp32 is not None and _fit(fp32, results) else None
+            other = fp32[place] if fp32 is not None and fit(fp32, results) else None
             one = measure(values, low[place], other, tensor, excused=excused)
             worst = one if worst is None else worst.worst(one)
         return worst
 
     def _add(self, reading: Reading) -> None:
-        key = _key(reading)
-        known = self._readings.get(key)
-        self._readings[key] = reading if known is None else known.joined(reading)
+        known = self._readings.get(reading.key)
+        self._readings[reading.key] = reading if known is None else known.joined(reading)
 
     # Where the program is
 
@@ -279,152 +232,6 @@ class ErrorMeter(TorchDispatchMode):
         return Spot(op=name, module=self.modules[-1], user=user or library, library=library)
 
 
-class _Call:
-    """One call of an op: its tensors before it ran, and the way to run it again in another format.
-
-    Args:
-        func: The op.
-        name: Its aten name.
-        args: What it is given.
-        kwargs: Likewise.
-        shadows: For the exact inputs.
-    """
-
-    def __init__(self, func: Any, name: str, args: Any, kwargs: Any, shadows: Shadows) -> None:
-        self.func = func
-        self.name = name
-        self.args = args
-        self.kwargs = kwargs
-        self.reads = [t for t in tensors_in([args, kwargs]) if t.layout == torch.strided]
-        self.writes = written(func, args, kwargs)
-        over = {id(tensor) for tensor in self.writes}
-        self.exact: dict[int, torch.Tensor] = {}
-        self.given: dict[int, torch.Tensor] = {}
-        self.decisions: dict[int, torch.Tensor] = {}
-        for tensor in self.reads:
-            if tensor.is_floating_point():
-                values = shadows.of(tensor)
-                self.exact[id(tensor)] = values.clone() if id(tensor) in over else values
-            elif not tensor.is_complex():
-                decided = shadows.decided(tensor)
-                if decided is not None:
-                    self.decisions[id(tensor)] = decided.clone() if id(tensor) in over else decided
-                elif id(tensor) in over:
-                    self.given[id(tensor)] = tensor.clone()
-        self.exact_by_given_decisions = self.exact
-        self.exact = {**self.exact, **self.decisions}
-
-    @property
-    def draws(self) -> bool:
-        """Whether it takes random numbers; attention does where it drops out."""
-        if torch.Tag.nondeterministic_seeded not in self.func.tags:
-            return False
-        schema = self.func._schema.arguments
-        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-        given.update(zip((argument.name for argument in schema), self.args), **self.kwargs)
-        return bool(given.get("dropout_p", 1.0))
-
-    @property
-    def decides(self) -> bool:
-        """Whether integers or booleans come of floating inputs."""
-        return any(tensor.is_floating_point() for tensor in self.reads)
-
-    def does_not_fit(self) -> bool:
-        """Say whether a finite exact input lies beyond the end of the half format that it was given in."""
-        return any(
-            t.dtype in HALVES and overflows(self.exact[id(t)], t.dtype) for t in self.reads if id(t) in self.exact
-        )
-
-    def named(self, values: dict[int, torch.Tensor]) -> list[Any]:
-        """Return its positional arguments with `values` in the tensors' places."""
-        return [values.get(id(value), value) for value in self.args]
-
-    def results(self, out: Any) -> list[torch.Tensor]:
-        """Return what it gave and what it wrote, each once."""
-        found: list[torch.Tensor] = []
-        for tensor in [*tensors_in(out), *self.writes]:
-            if all(tensor is not other for other in found):
-                found.append(tensor)
-        return found
-
-    def wanted(self, results: list[torch.Tensor]) -> bool:
-        """Say whether shadows have to be kept for the results."""
-        return bool(self.decisions) or any(t.is_floating_point() for t in [*self.reads, *results])
-
-    def lowered(self, results: list[torch.Tensor]) -> bool:
-        """Say whether the op has to do with a half format."""
-        return any(tensor.dtype in HALVES for tensor in [*self.reads, *results])
-
-    def sampled(self, results: list[torch.Tensor]) -> _Call:
-        """Return a cast of a sample of its input."""
-        given = self.args[0]
-        few = sampled(given)
-        call = _Call(self.func, self.name, (few,), {"dtype": results[0].dtype}, Shadows())
-        if id(given) in self.exact:
-            call.exact[id(few)] = sampled(self.exact[id(given)])
-        return call
-
-    def _takes(self, name: str) -> bool:
-        return any(argument.name == name for argument in self.func._schema.arguments)
-
-    def again(self, values: dict[int, torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor] | None:
-        """Run it once more.
-
-        Args:
-            values: The exact inputs.
-            dtype: fp64: all floats in it; fp32: half formats in it; None: in the formats that it was given.
-
-        Returns:
-            As `results`; None where it does not run so.
-        """
-        made: dict[int, torch.Tensor] = {}
-
-        def tensor_of(tensor: torch.Tensor) -> torch.Tensor:
-            key = id(tensor)
-            if key not in made:
-                if key in values:
-                    exact = values[key]
-                    goal = exact.dtype if not exact.is_floating_point() else _format(tensor.dtype, dtype)
-                    made[key] = exact.to(goal, copy=any(tensor is other for other in self.writes))
-                else:
-                    made[key] = self.given[key].clone() if key in self.given else tensor
-            return made[key]
-
-        def changed(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return tensor_of(value)
-            if isinstance(value, torch.dtype):
-                return _format(value, dtype) if value.is_floating_point else value
-            return type(value)(map(changed, value)) if isinstance(value, (list, tuple)) else value
-
-        args = [changed(value) for value in self.args]
-        kwargs = {key: changed(value) for key, value in self.kwargs.items()}
-        if dtype is not None and not self.reads and kwargs.get("dtype") is None and self._takes("dtype"):
-            kwargs["dtype"] = dtype  # a factory that was called without one
-        if dtype is not None and self.name in ("_softmax", "_log_softmax"):
-            args[2] = False  # half_to_float
-        func = EXACT_KERNELS.get(self.name, self.func) if dtype is torch.float64 else self.func
-        try:
-            out = func(*args, **kwargs)
-        except Exception:  # no kernel for it, or no memory
-            return None
-        outs: list[torch.Tensor] = []
-        for tensor in [*tensors_in(out), *(tensor_of(t) for t in self.writes)]:
-            if all(tensor is not other for other in outs):
-                outs.append(tensor)
-        return [tensor for tensor in outs if tensor.layout == torch.strided]
-
-
-def _key(reading: Reading) -> tuple[Any, ...]:
-    return (reading.phase, reading.spot.module, reading.spot.op, reading.ran, reading.spot.line)
-
-
-def _format(given: torch.dtype, goal: torch.dtype | None) -> torch.dtype:
-    if goal is None or (goal is torch.float32 and given not in HALVES):
-        return given
-    return goal
-
-
 def _shares(tensor: torch.Tensor, others: list[torch.Tensor]) -> bool:
     storage = tensor.untyped_storage()._cdata
     return any(other.untyped_storage()._cdata == storage for other in others)
@@ -432,7 +239,3 @@ def _shares(tensor: torch.Tensor, others: list[torch.Tensor]) -> bool:
 
 def _differing(tensor: torch.Tensor, exact: torch.Tensor) -> int:
     return int((tensor != exact.to(tensor.dtype)).sum())
-
-
-def _fit(values: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
-    return len(values) == len(results) and all(v.shape == r.shape for v, r in zip(values, results))

@@ -16,7 +16,6 @@ more than their rounding.
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -25,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_map
 
 from floatline.formats import NumberFormat
-from floatline.observe.error.measures import format_of
-from floatline.observe.error.meter import AUTOCAST, HALVES, PLAIN
+from floatline.observe.error.measures import HALVES, format_of
+from floatline.observe.error.meter import AUTOCAST, PLAIN
 from floatline.observe.real import tensors_in
 
 _BITS = 16
@@ -146,7 +145,7 @@ def rounded_at_random(wide: torch.Tensor, dtype: torch.dtype, dice: Dice) -> tor
 
 def _subnormal(values: torch.Tensor, fmt: NumberFormat, bits: torch.Tensor) -> torch.Tensor:
     """Round values below the smallest normal one: their grid has the one step of the smallest subnormal."""
-    step = 2.0 ** (math.log2(fmt.min_normal) - fmt.mantissa_bits)
+    step = fmt.spacing(0.0)
     share = values / step
     below = share.floor()
     return below.add_(bits * 2.0**-_BITS < share - below).mul_(step)

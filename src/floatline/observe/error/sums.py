@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-from floatline.observe.error.measures import format_of
-
-_HALVES = (torch.float16, torch.bfloat16)
+from floatline.observe.error.measures import HALVES, format_of
 
 
 def swallowed_share(name: str, args: list[Any], results: list[torch.Tensor]) -> float | None:
@@ -34,7 +32,7 @@ def swallowed_share(name: str, args: list[Any], results: list[torch.Tensor]) -> 
     Returns:
         0 to 1; None for an op that keeps no running total, or keeps it in fp32.
     """
-    if not results or results[0].dtype not in _HALVES:
+    if not results or results[0].dtype not in HALVES:
         return None
     bits = format_of(results[0].dtype).mantissa_bits
     if name in ("cumsum", "cumsum_"):

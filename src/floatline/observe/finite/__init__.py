@@ -4,7 +4,8 @@ from floatline.observe.finite.numbers import Numbers, bad_rows, has_nan, is_bad,
 from floatline.observe.finite.origins import Kind, Made, Origin, Spot
 from floatline.observe.finite.places import Place
 from floatline.observe.finite.watch import Watch
-from floatline.observe.finite.watching import backward, plain_name, watching
+from floatline.observe.finite.watching import backward, watching
+from floatline.observe.module_stack import plain_name
 
 __all__ = [
     "Kind",

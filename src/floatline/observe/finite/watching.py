@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from floatline.observe.finite.watch import Watch
+from floatline.observe.module_stack import followed
 
 
 class _Calls(TorchFunctionMode):
@@ -27,28 +28,9 @@ class _Calls(TorchFunctionMode):
 
 @contextmanager
 def watching(model: nn.Module | None = None) -> Iterator[Watch]:
-    """Watch all ops inside, with the names of `model`'s modules.
-
-    What is compiled runs eager. The backward runs in this thread on CUDA as well, so that its nodes have one count.
-    """
+    """Watch all ops inside, in eager mode, with the names of `model`'s modules."""
     watch = Watch()
-    names = {id(module): plain_name(name) for name, module in (model.named_modules() if model is not None else ())}
-
-    def enter(module: nn.Module, args: Any) -> None:
-        watch.modules.append(names.get(id(module), watch.modules[-1]))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if len(watch.modules) > 1:
-            watch.modules.pop()
-
-    with ExitStack() as stack:
-        for module in model.modules() if model is not None else ():
-            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(watch)
-        stack.enter_context(_Calls(watch))
+    with followed(model, watch.modules), watch, _Calls(watch):
         yield watch
 
 
@@ -59,8 +41,3 @@ def backward(loss: torch.Tensor) -> None:
     """
     seed = torch.ones_like(loss)
     _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def plain_name(name: str) -> str:
-    """Return a module's or tensor's name without what wrappers put into it (torch.compile, checkpointing)."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
