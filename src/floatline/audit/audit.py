@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.audit.candidate import NAMES, Lowered, Lowering
+from floatline.audit.candidate import Lowered, Lowering, check_candidates, check_mode
 from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
@@ -36,12 +36,11 @@ from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.update_report import UpdateReport
 from floatline.audit.updates import audit_updates
 from floatline.audit.verdict import advice_of, choose, verdict
-from floatline.errors import ConfigError, ModelError, did_you_mean
+from floatline.errors import ConfigError, ModelError
 from floatline.hardware import Hardware, format_verdict, resolve
 from floatline.observe.finite import plain_name
 from floatline.precision import Policy
 
-MODES = ("mixed", "true")
 Optimizer = torch.optim.Optimizer | Callable[[list[Any]], torch.optim.Optimizer]
 
 
@@ -157,13 +156,8 @@ def _check(model: Any, candidates: Any, mode: str, repeats: int, probes: int | N
         raise ConfigError(
             f"model is a {type(model).__name__}", hint="pass a torch.nn.Module, or use audit_function(fn, inputs)"
         )
-    if isinstance(candidates, str) or not candidates:
-        raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
-    for name in candidates:
-        if name not in NAMES:
-            raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
+    check_candidates(candidates)
+    check_mode(mode)
     for key, value in {"repeats": repeats, "probes": probes}.items():
         if value is not None and (not isinstance(value, int) or value < 0):
             raise ConfigError(f"{key}={value!r}", hint="give a number of runs, 0 or more")

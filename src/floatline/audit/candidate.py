@@ -7,7 +7,7 @@
    trial is the real step under the real policy.
 4. Islands that have children are hollowed out: what is inside of them and did not fail goes back to the lower format,
    if the step stays within the tolerance.
-5. The names become patterns, and the policy as the string says it is run once more.
+5. The names become patterns; each policy is run as its string says, once.
 """
 
 from __future__ import annotations
@@ -15,22 +15,48 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from floatline.audit.exact import Exact
 from floatline.audit.judging import Judged, explained, judge
-from floatline.audit.metered import Borders
-from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, parents_first, with_ties
+from floatline.audit.metered import Borders, Metered
+from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
-from floatline.audit.subject import Exact, Metered, Subject
+from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
-from floatline.audit.trials import Outcome, Trial, merged
-from floatline.errors import ModelError, PrecisionError
+from floatline.audit.trials import Outcome, Trial, inside, merged
+from floatline.errors import ConfigError, ModelError, PrecisionError, did_you_mean
 from floatline.observe.error import Reading
 from floatline.observe.finite import plain_name
 from floatline.precision import Policy
 
 NAMES = {"bf16": ("bf16-mixed", "bf16-true", "bf16"), "fp16": ("16-mixed", "16-true", "16")}
 """Candidate -> its policies in mode mixed and true, and what it is called in a rule."""
+MODES = ("mixed", "true")
+
+
+def check_candidates(candidates: Any) -> None:
+    """Refuse what is no sequence of lower formats.
+
+    Raises:
+        ConfigError: A text, nothing, or an unknown name.
+    """
+    if isinstance(candidates, str) or not candidates:
+        raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
+    for name in candidates:
+        if name not in NAMES:
+            raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
+
+
+def check_mode(mode: Any) -> None:
+    """Refuse what is neither "mixed" nor "true".
+
+    Raises:
+        ConfigError: That.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +151,7 @@ class Lowering:
         flagged = frozenset(r.spot.module for r, j in judged if j.failure is not None)
         flagged |= {name.rpartition(".")[0] for name in metered.stalled_buffers}
         flagged &= known.keys()
-        fixed = frozenset(parents_first(sorted(flagged)))
+        fixed = merged(flagged)
         islands, found, reason = self._search(judged, fixed, everything)
         again, policy, effect = frozenset[str](), None, None
         if islands is not None:
@@ -160,7 +186,7 @@ class Lowering:
         try:
             return self.effect(())
         except RuntimeError as error:
-            if not _about_formats(error):
+            if not any(word in str(error) for word in ("dtype", "scalar type")):
                 raise
             raise ModelError(
                 f"{type(self.subject.model).__name__} does not run under {self.base}: {error}",
@@ -180,7 +206,7 @@ class Lowering:
         known = callable_modules(self.subject.model)
         islands = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
         while True:
-            effect = self.effect(parents_first(sorted(islands or known)))
+            effect = self.effect(merged(islands or known))
             if effect.finite or not islands:
                 return effect.scale if effect.finite else scale
             islands = {around for name in islands if (around := around_of(name, known))}
@@ -213,12 +239,16 @@ class Lowering:
     ) -> frozenset[str]:
         """Return modules inside of islands that may be lowered again."""
         seen = {reading.spot.module for reading, _ in judged}
-        inner = [n for n in callable_modules(self.subject.model)
-                 if n in seen and n not in flagged and any(n.startswith(f"{i}.") for i in islands)
-                 and not any(f.startswith(f"{n}.") for f in flagged)]  # fmt: skip
+        inner = [
+            name
+            for name in callable_modules(self.subject.model)
+            if name in seen
+            and inside(name, islands, strictly=True)
+            and not any(inside(failing, {name}) for failing in flagged)
+        ]
         if self.base.endswith("-true"):  # a weight that others use as well stays in one format
             inner = [name for name in inner if with_ties(self.subject.model, [name]) == {name}]
-        again = frozenset(parents_first(inner))
+        again = merged(inner)
         if not again:
             return again
         effect = self.effect(islands, again)
@@ -241,14 +271,9 @@ class Lowering:
         if str(policy) not in self._known:
             try:
                 effect = self.subject.effect(policy, self.exact, scale=self._scale)
-            except (PrecisionError, RuntimeError) as error:
-                if not policy.rules or not _about_formats(error):
+            except PrecisionError:  # one weight would have two formats
+                if not policy.rules:
                     raise
                 effect = Effect(policy=str(policy), loss_error=math.inf)
             self._known[str(policy)] = effect
         return self._known[str(policy)]
-
-
-def _about_formats(error: Exception) -> bool:
-    """Say whether an error is of a weight that two formats share, or of formats that meet in one op."""
-    return isinstance(error, PrecisionError) or any(word in str(error) for word in ("dtype", "scalar type"))

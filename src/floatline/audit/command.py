@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from floatline.audit.audit import MODES, audit
-from floatline.audit.candidate import NAMES
+from floatline.audit.audit import audit
+from floatline.audit.candidate import check_candidates, check_mode
 from floatline.audit.progress import Progress
 from floatline.audit.report import AuditReport
 from floatline.audit.sources import AuditSource, load_audit_source
@@ -80,11 +80,9 @@ class AuditRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.candidates:
-            if name not in NAMES:
-                raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(name, NAMES))
-        if self.mode is not None and self.mode not in MODES:
-            raise ConfigError(f"unknown mode {self.mode!r}", hint=did_you_mean(self.mode, MODES))
+        check_candidates(self.candidates)
+        if self.mode is not None:
+            check_mode(self.mode)
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"unknown optimizer {self.optimizer!r}", hint=did_you_mean(self.optimizer, OPTIMIZERS))
         if self.lr is not None and not 0 < self.lr < float("inf"):

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.audit.audit import MODES
-from floatline.audit.candidate import NAMES
+from floatline.audit.candidate import check_candidates, check_mode
 from floatline.audit.function_report import (
     FunctionCandidate,
     FunctionEffect,
@@ -42,7 +41,7 @@ from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.line_lowering import LineLowering, computed
 from floatline.audit.outputs import output_error
 from floatline.audit.program import Format, Program, Result
-from floatline.errors import ConfigError, FloatlineError, ModelError, did_you_mean
+from floatline.errors import ConfigError, FloatlineError, ModelError
 from floatline.hardware import Hardware, resolve
 from floatline.observe.finite.places import place_of_error
 
@@ -124,13 +123,8 @@ def _check(fn: Any, candidates: Any, mode: str, backward: Any, tolerance: Any) -
         raise ConfigError(f"fn is a module ({type(fn).__name__})", hint="audit a module with fl.audit(model, batch)")
     if not callable(fn):
         raise ConfigError(f"fn is a {type(fn).__name__}, which cannot be called", hint="pass a function of tensors")
-    if isinstance(candidates, str) or not candidates:
-        raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
-    for name in candidates:
-        if name not in NAMES:
-            raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
+    check_candidates(candidates)
+    check_mode(mode)
     if not (isinstance(backward, bool) or backward == "auto"):
         raise ConfigError(f"backward={backward!r}", hint='allowed: True, False, "auto"')
     number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)

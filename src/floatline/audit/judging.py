@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from floatline.audit.trials import inside
 from floatline.formats import FORMATS
 from floatline.observe.error import Measure, Reading
 from floatline.observe.error.chains import ADDING
@@ -59,6 +60,13 @@ def judge(reading: Reading) -> Judged:
     return failing or Judged(failure=None, severity=worst)
 
 
+def suspicion(reading: Reading, judged: Judged) -> float:
+    """Return how much an op is suspected: by how it fails, else by what it makes of exact inputs."""
+    if judged.failure is not None:
+        return 1e6 if math.isinf(judged.severity) else 1e3 * judged.severity
+    return min(reading.measure.error, 1e2) if reading.measure is not None and reading.measure.sound else 0.0
+
+
 def explained(
     judged: Sequence[tuple[Reading, Judged]], islands: Iterable[str], ratio: float
 ) -> tuple[tuple[Reading, Judged], ...]:
@@ -71,10 +79,9 @@ def explained(
     """
     found = list(judged)
     for island in islands:
-        inside = [place for place, (reading, _) in enumerate(found)
-                  if reading.spot.module == island or reading.spot.module.startswith(f"{island}.")]  # fmt: skip
-        if inside and all(found[place][1].failure is None for place in inside):
-            worst = max(inside, key=lambda place: _suspect(found[place][0]))
+        within = [place for place, (reading, _) in enumerate(found) if inside(reading.spot.module, {island})]
+        if within and all(found[place][1].failure is None for place in within):
+            worst = max(within, key=lambda place: _suspect(found[place][0]))
             found[worst] = found[worst][0], _needed(found[worst][0], ratio)
     return tuple(found)
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from floatline.audit.fp32_lines import BUILT_IN, Line
 from floatline.audit.function_report import FunctionCandidate, FunctionEffect, OutputError
-from floatline.audit.judging import FLIPPED, Judged, judge
+from floatline.audit.judging import FLIPPED, Judged, judge, suspicion
 from floatline.audit.modules import SMALL
 from floatline.audit.outputs import output_error
 from floatline.audit.program import Format, Program, Result
 from floatline.audit.report import Row
+from floatline.audit.rows import op_row
 from floatline.audit.search import search
 from floatline.audit.trials import Item, Outcome
 from floatline.hardware import Hardware, format_verdict
@@ -95,22 +97,10 @@ class LineLowering:
         """Return a row for each op."""
         kept = {(place.file, place.line) for place in candidate.lines or ()}
         return [
-            Row(
-                candidate=self.name,
+            replace(
+                op_row(self.name, reading, judged, kept=_line(reading) in kept),
                 module="",
-                op=reading.spot.op,
-                ran=reading.ran,
-                phase=reading.phase,
                 location=reading.spot.library or reading.spot.user,
-                failure=judged.failure,
-                severity=judged.severity,
-                why=judged.why,
-                measure=reading.measure,
-                stalled=reading.stalled,
-                flipped=reading.flipped,
-                decisions=reading.decisions,
-                calls=reading.calls,
-                kept=_line(reading) in kept,
             )
             for reading, judged in self.judged
         ]
@@ -170,7 +160,7 @@ class LineLowering:
             if place is not None:
                 self._places.setdefault(line, place)
             costs[line] += reading.flops + (reading.calls * reading.measure.numel if reading.measure else 0)
-            doubts[line] = max(doubts[line], _suspicion(reading, judged))
+            doubts[line] = max(doubts[line], suspicion(reading, judged))
         total = sum(costs.values()) or 1.0
         self._numbers = {str(number): line for number, line in enumerate(sorted(costs))}
         return [
@@ -208,12 +198,6 @@ class LineLowering:
 
 def _line(reading: Reading) -> Line:
     return reading.spot.line or BUILT_IN
-
-
-def _suspicion(reading: Reading, judged: Judged) -> float:
-    if judged.failure is not None:
-        return 1e6 if math.isinf(judged.severity) else 1e3 * judged.severity
-    return min(reading.measure.error, 1e2) if reading.measure is not None and reading.measure.sound else 0.0
 
 
 def computed(fp32: OutputError, allowed: float) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from floatline.observe.error import ErrorMeter, Reading
-from floatline.observe.error.meter import HALVES
+from floatline.observe.error.measures import HALVES
 from floatline.observe.finite import plain_name
 from floatline.observe.real import tensors_in
 

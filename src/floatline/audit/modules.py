@@ -8,14 +8,13 @@ candidates, too, that only call others.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from floatline.audit.judging import Judged
-from floatline.audit.trials import Item, merged
+from floatline.audit.judging import Judged, suspicion
+from floatline.audit.trials import Item, inside, merged
 from floatline.observe.error import Reading
 from floatline.observe.finite import plain_name
 
@@ -36,7 +35,7 @@ def candidates(
     """
     own: dict[str, float] = defaultdict(float)
     for reading, verdict in judged:
-        own[reading.spot.module] = max(own[reading.spot.module], _suspicion(reading, verdict))
+        own[reading.spot.module] = max(own[reading.spot.module], suspicion(reading, verdict))
     for name in list(own) if around else ():
         outer = name.rpartition(".")[0]
         while outer:
@@ -45,7 +44,7 @@ def candidates(
     costs = cost_shares(model, judged)
     found = []
     for name in callable_modules(model):
-        if name in own and not any(name == k or name.startswith(f"{k}.") for k in kept):
+        if name in own and not inside(name, kept):
             found.append(Item(name=name, cost=costs[name] + SMALL, suspicion=own[name]))
     return found
 
@@ -57,10 +56,7 @@ def cost_shares(model: nn.Module, judged: Sequence[tuple[Reading, Judged]]) -> M
         flops[reading.spot.module] += reading.flops
     total = sum(flops.values()) or 1
     names = callable_modules(model)
-    return {
-        name: sum(n for other, n in flops.items() if other == name or other.startswith(f"{name}.")) / total
-        for name in names
-    }
+    return {name: sum(n for other, n in flops.items() if inside(other, {name})) / total for name in names}
 
 
 def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
@@ -71,7 +67,7 @@ def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
             owners[id(parameter)].add(plain_name(name))
     chosen = set(names)
     for shared in owners.values():
-        if len(shared) > 1 and any(o == n or o.startswith(f"{n}.") for o in shared for n in chosen):
+        if len(shared) > 1 and any(inside(owner, chosen) for owner in shared):
             chosen |= shared
     return merged(chosen - {""})
 
@@ -84,11 +80,6 @@ def around_of(name: str, known: Container[str]) -> str:
     return around
 
 
-def parents_first(names: Sequence[str]) -> list[str]:
-    """Return names without those that lie inside of another one."""
-    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-
-
 def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that a rule can name: all but the model itself and containers without a forward."""
     return {
@@ -96,13 +87,3 @@ def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name and type(module).forward is not nn.Module.forward
     }
-
-
-def _suspicion(reading: Reading, judged: Judged) -> float:
-    """How much an op is suspected: how it fails, else what it makes of exact inputs."""
-    if judged.failure is not None:
-        return 1e6 if math.isinf(judged.severity) else 1e3 * judged.severity
-    measure = reading.measure
-    if measure is None:
-        return 0.0
-    return min(measure.error, 1e2) if measure.sound else 0.0

@@ -16,10 +16,9 @@ from functools import partial
 from floatline.audit.candidate import NAMES
 from floatline.audit.exact import Exact
 from floatline.audit.metered import inputs_rounded
-from floatline.audit.modules import parents_first
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect
-from floatline.audit.trials import Item
+from floatline.audit.trials import Item, inside, merged
 from floatline.errors import PrecisionError
 from floatline.observe.finite import plain_name
 from floatline.precision import Policy
@@ -70,9 +69,9 @@ def _rounded(subject: Subject, module: str, name: str) -> AbstractContextManager
 
 def _alone(module: str, name: str, mode: str, items: Sequence[Item]) -> Policy:
     """Return the policy in which all candidates but one are islands; code outside of them stays lowered."""
-    others = parents_first([item.name for item in items if not _related(item.name, module)])
+    others = sorted(merged(item.name for item in items if not _related(item.name, module)))
     return Policy.parse("; ".join([NAMES[name][mode == "true"], *(f"{other}=32" for other in others)]))
 
 
 def _related(one: str, other: str) -> bool:
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+    return inside(one, {other}) or inside(other, {one})

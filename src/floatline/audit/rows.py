@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -14,32 +14,14 @@ from floatline.audit.judging import STALLED, Judged
 from floatline.audit.modules import callable_modules
 from floatline.audit.report import ModuleRow, Row
 from floatline.audit.tolerance import Effect
+from floatline.audit.trials import inside
 from floatline.observe.error import Reading
 
 
 def rows_of(low: Lowered) -> list[Row]:
     """Return a row for each op, and one for each running average that stands still."""
     kept = _inside(low)
-    rows = [
-        Row(
-            candidate=low.name,
-            module=reading.spot.module,
-            op=reading.spot.op,
-            ran=reading.ran,
-            phase=reading.phase,
-            location=reading.spot.user,
-            failure=judged.failure,
-            severity=judged.severity,
-            why=judged.why,
-            measure=reading.measure,
-            stalled=reading.stalled,
-            flipped=reading.flipped,
-            decisions=reading.decisions,
-            calls=reading.calls,
-            kept=kept(reading.spot.module),
-        )
-        for reading, judged in low.judged
-    ]
+    rows = [op_row(low.name, reading, judged, kept=kept(reading.spot.module)) for reading, judged in low.judged]
     return rows + [
         Row(
             candidate=low.name,
@@ -57,6 +39,27 @@ def rows_of(low: Lowered) -> list[Row]:
         )
         for name, share in low.stalled_buffers.items()
     ]
+
+
+def op_row(candidate: str, reading: Reading, judged: Judged, *, kept: bool) -> Row:
+    """Return the row of one op; `kept` says whether the candidate's policy has it in fp32."""
+    return Row(
+        candidate=candidate,
+        module=reading.spot.module,
+        op=reading.spot.op,
+        ran=reading.ran,
+        phase=reading.phase,
+        location=reading.spot.user,
+        failure=judged.failure,
+        severity=judged.severity,
+        why=judged.why,
+        measure=reading.measure,
+        stalled=reading.stalled,
+        flipped=reading.flipped,
+        decisions=reading.decisions,
+        calls=reading.calls,
+        kept=kept,
+    )
 
 
 def module_rows(
@@ -125,10 +128,6 @@ def _inside(low: Lowered) -> Callable[[str], bool]:
     islands, again = low.islands or frozenset(), low.lowered_again
 
     def kept(module: str) -> bool:
-        return _within(module, islands) and not _within(module, again)
+        return inside(module, islands) and not inside(module, again)
 
     return kept
-
-
-def _within(name: str, outer: Iterable[str]) -> bool:
-    return any(name == other or name.startswith(f"{other}.") for other in outer)

@@ -10,7 +10,7 @@ then on (`monotone` is False). Only failures are ever inferred; what passes has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum, isfinite, isnan
@@ -89,7 +89,7 @@ class Enough(Exception):
     """As many trials as refinement may use have been made, and one more is asked for."""
 
 
-def inside(name: str, islands: Set[str], *, strictly: bool = False) -> bool:
+def inside(name: str, islands: Container[str], *, strictly: bool = False) -> bool:
     """Say whether an island covers the module `name`: is the module itself (unless `strictly`) or one around it.
 
     >>> inside("a.x", frozenset({"a"})), inside("ab", frozenset({"a"})), inside("a", frozenset({"a"}), strictly=True)
