@@ -4,19 +4,10 @@ import math
 
 import pytest
 
-from floatline.report.audit_sections import (
-    alike,
-    error_text,
-    front_points,
-    grouped,
-    headline,
-    lists,
-    ops_section,
-    sections,
-    short_op,
-    updates_section,
-)
+from floatline.report.audit_sections import front_points, ops_section, sections, updates_section
+from floatline.report.audit_sentences import headline, lists
 from floatline.report.audit_text import audit_text
+from floatline.report.audit_words import alike, error_text, grouped, short_op
 
 from . import audits
 from .test_text import check

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from floatline.audit.judging import ROUNDING
-from floatline.report.audit_sections import bits_text, error_text
+from floatline.report.audit_words import bits_text, error_text
 from floatline.report.units import percent_text
 
 if TYPE_CHECKING:

@@ -9,19 +9,9 @@ from typing import TYPE_CHECKING
 from floatline.files import write_whole
 from floatline.report.audit_front import front_plot
 from floatline.report.audit_heat import COLUMNS, heat_table
-from floatline.report.audit_sections import (
-    TONES,
-    about,
-    chosen,
-    cost,
-    error_text,
-    headline,
-    lists,
-    lost_updates,
-    ratio_text,
-    recipe_line,
-    sections,
-)
+from floatline.report.audit_sections import TONES, sections
+from floatline.report.audit_sentences import about, chosen, cost, headline, lists, lost_updates, recipe_line
+from floatline.report.audit_words import error_text, ratio_text
 from floatline.report.html import render_template
 from floatline.report.sections import Tile
 from floatline.report.units import percent_text, seconds_text, times

@@ -1,4 +1,4 @@
-"""An audit as sentences and tables of text, for the terminal and for the page.
+"""An audit as tables of text, for the terminal and for the page.
 
 Errors are relative and shown in percent; against fp64, whatever the format. Long lists end with what was left out.
 """
@@ -6,14 +6,23 @@ Errors are relative and shown in percent; against fp64, whatever the format. Lon
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from floatline.audit.trials import merged
+from floatline.report.audit_words import (
+    bits_text,
+    error_text,
+    grouped,
+    lost_text,
+    place_text,
+    ratio_text,
+    share_text,
+    short_op,
+    some_of,
+)
 from floatline.report.plan_sections import Section
-from floatline.report.units import number_text, percent_text, seconds_text, times
+from floatline.report.units import number_text, percent_text, times
 
 if TYPE_CHECKING:
     from floatline.audit.report import AuditReport, Candidate, Row
@@ -26,87 +35,7 @@ TONES = {"safe": "good", "not on target": "warn", "not safe": "bad",
 """Text of a cell -> how it looks."""
 OPS, ISLANDS, UPDATES, FP8 = 14, 24, 10, 24
 """Rows shown of a table."""
-T = TypeVar("T")
 TOGETHER = "none of its ops by itself; the step's error with it lowered is too large"
-
-
-def error_text(value: float | None) -> str:
-    """Return a relative error as people read it.
-
-    >>> error_text(0.00123), error_text(2e-7), error_text(35.0), error_text(math.inf), error_text(0.0)
-    ('0.12 %', '2e-07', '35 ×', 'not finite', '0')
-    """
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "not finite"
-    if value == 0:
-        return "0"
-    if value < 1e-5:
-        return f"{value:.1g}"
-    return f"{number_text(value * 100, 2)} %" if value < 10 else f"{number_text(value)} ×"
-
-
-def ratio_text(ratio: float) -> str:
-    """Return an error in units of what is allowed."""
-    return number_text(ratio, 2) if math.isfinite(ratio) else "∞"
-
-
-def share_text(share: float | None) -> str:
-    """Return a share, without a minus in front of what rounds to nothing.
-
-    >>> share_text(-0.0001), share_text(None), share_text(0.5)
-    ('0.0 %', '–', '50.0 %')
-    """
-    return percent_text(share if share is None or abs(share) >= 5e-4 else 0.0)
-
-
-def headline(report: AuditReport) -> str:
-    """Return the answer as one sentence."""
-    if not report.safe:
-        return f"{report.model} on {report.hardware}: no lower format is safe, stay in 32-true."
-    candidate = chosen(report)
-    kept = f"with {times(len(candidate.islands), 'module')} in fp32" if candidate.islands else "as it is"
-    return f"{report.model} on {report.hardware}: {candidate.base} is safe {kept}{_but(report, candidate)}."
-
-
-def _but(report: AuditReport, candidate: Candidate) -> str:
-    """Say what a precise step does not help against."""
-    lost, looked_at = lost_updates(report, candidate)
-    return f", but {lost} of {times(looked_at, 'parameter')} lose optimizer updates (see the advice)" if lost else ""
-
-
-def lost_updates(report: AuditReport, candidate: Candidate) -> tuple[int, int]:
-    """Return how many parameters lose updates in a candidate's weights, and how many were looked at."""
-    updates = report.updates.get(candidate.name)
-    return (sum(bool(row.found) for row in updates.rows), len(updates.rows)) if updates else (0, 0)
-
-
-def chosen(report: AuditReport) -> Candidate:
-    """Return the candidate whose policy the report recommends."""
-    return next(c for c in report.candidates.values() if c.policy == report.policy)
-
-
-def about(report: AuditReport) -> str:
-    """Return what was audited and what was allowed."""
-    allowed = report.tolerance
-    mode = "autocast over fp32 weights" if report.mode == "mixed" else "weights that are cast"
-    return (
-        f"Mode {report.mode} ({mode}). Allowed against fp64: loss {error_text(allowed.loss)}, gradient "
-        f"{error_text(allowed.gradient)}, any one parameter's gradient {error_text(allowed.tensor)}. fp32 itself: loss "
-        f"{error_text(report.fp32.loss_error)}, gradient {error_text(report.fp32.gradient_error)}."
-    )
-
-
-def cost(report: AuditReport) -> str:
-    """Return what the audit took."""
-    parts = ", ".join(f"{count} {what}" for what, count in report.passes.items())
-    return f"{report.forward_passes} forward passes ({parts}) in {seconds_text(report.seconds)}."
-
-
-def recipe_line(report: AuditReport) -> str:
-    """Return the line to put into a recipe."""
-    return f'precision: "{report.policy}"'
 
 
 def state(candidate: Candidate) -> str:
@@ -132,43 +61,6 @@ def sections(report: AuditReport, *, wide: bool = False) -> list[Section]:
         fp8_section(report),
     ]
     return [section for section in made if section.rows]
-
-
-def lists(report: AuditReport) -> list[tuple[str, list[str]]]:
-    """Return titles and sentences."""
-    advice = dict.fromkeys(a for candidate in report.candidates.values() for a in candidate.advice)
-    return [("Advice", [_short(a) for a in advice]), ("Notes", list(report.notes))]
-
-
-# What is alike in repeated layers is told once
-
-
-def alike(name: str) -> str:
-    """Return a module's name with a star for each number.
-
-    >>> alike("model.layers.11.mlp")
-    'model.layers.*.mlp'
-    """
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "top"
-
-
-def grouped(items: Iterable[T], key: Callable[[T], tuple[str, ...]]) -> list[tuple[str, list[T]]]:
-    """Return items that have the same key together, in the order of their first ones, each group with a label.
-
-    Args:
-        items: The gravest first.
-        key: The name first, as it is; the rest keeps apart what is not alike.
-    """
-    groups: dict[tuple[str, ...], list[T]] = {}
-    for item in items:
-        name, *rest = key(item)
-        groups.setdefault((alike(name), *rest), []).append(item)
-    return [(_label(pattern, {key(item)[0] for item in group}), group) for (pattern, *_), group in groups.items()]
-
-
-def _label(pattern: str, names: set[str]) -> str:
-    """Return a group's name: that of its one member, or the pattern and how many there are."""
-    return f"{pattern} ({len(names)})" if len(names) > 1 else next(iter(names)) or "top"
 
 
 # Tables
@@ -267,15 +159,6 @@ def _like(row: Row) -> tuple[str, ...]:
     return row.module, row.candidate, row.op, row.phase, row.failure or "", place_text(row)
 
 
-def short_op(op: str) -> str:
-    """Return an op's name without what only tells its kernels apart.
-
-    >>> short_op("_scaled_dot_product_flash_attention_for_cpu"), short_op("native_layer_norm"), short_op("_softmax")
-    ('flash_attention', 'layer_norm', 'softmax')
-    """
-    return re.sub(r"^_?(native_|scaled_dot_product_)?|_for_cpu$", "", op)
-
-
 def _numbers(rows: Sequence[Row]) -> tuple[str, str, str, str, str]:
     found = [row.measure for row in rows if row.measure is not None]
     lost = next((text for text in map(lost_text, rows) if text), "")
@@ -289,28 +172,6 @@ def _numbers(rows: Sequence[Row]) -> tuple[str, str, str, str, str]:
         bits_text(min(m.headroom for m in found)),
         lost,
     )
-
-
-def bits_text(bits: float) -> str:
-    """Return headroom; a minus says that values lie beyond the format's end."""
-    return f"{bits:.0f}" if math.isfinite(bits) and abs(bits) >= 10 else f"{bits:.1f}" if math.isfinite(bits) else "–"
-
-
-def lost_text(row: Row) -> str:
-    """Return what of a row's values or decisions is lost."""
-    if row.stalled is not None:
-        return percent_text(row.stalled)
-    if row.flipped:
-        return f"{row.flipped} of {row.decisions}"
-    underflow = row.measure.underflow if row.measure else 0.0
-    return percent_text(underflow) if underflow >= 5e-4 else ""
-
-
-def place_text(row: Row | None) -> str:
-    """Return the user's line, the file without its directories."""
-    if row is None or row.location is None:
-        return ""
-    return f"{os.path.basename(row.location.file)}:{row.location.line}"
 
 
 def front_points(report: AuditReport, candidate: Candidate) -> list[tuple[float, float, tuple[str, ...]]]:
@@ -337,7 +198,7 @@ def front_points(report: AuditReport, candidate: Candidate) -> list[tuple[float,
 def front_section(report: AuditReport, candidate: Candidate) -> Section:
     """The trials that no other beats in cost and error."""
     points = front_points(report, candidate)
-    rows = [(percent_text(share) if share else "0", str(len(names)), _some(names),
+    rows = [(percent_text(share) if share else "0", str(len(names)), some_of(names),
              ratio_text(error), "within" if error <= 1 else "outside")
             for share, error, names in points]  # fmt: skip
     return Section(
@@ -348,12 +209,6 @@ def front_section(report: AuditReport, candidate: Candidate) -> Section:
         numeric=frozenset({0, 1, 3}),
         hint=f"The Pareto front of {times(len(candidate.trials), 'joint trial')}.",
     )
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    labels = [label for label, _ in grouped(names, lambda name: (name,))]
-    rest = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(labels[:most]) + rest
 
 
 def distinct_updates(updates: Mapping[str, UpdateReport]) -> list[tuple[str, UpdateReport]]:
@@ -422,9 +277,3 @@ def fp8_section(report: AuditReport, most: int = FP8) -> Section:
         hint=f"{percent_text(share)} of the linear layers' FLOPs could be fp8 with a scale a tensor. By size and place "
         f"as well: {report.fp8_policy}",
     )
-
-
-def _short(sentence: str) -> str:
-    """Return a sentence in which files are called by their last two names."""
-    words = [os.sep.join(word.split(os.sep)[-2:]) if word.startswith(os.sep) else word for word in sentence.split(" ")]
-    return " ".join(words)

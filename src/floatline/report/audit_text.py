@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from floatline.report.audit_sections import about, cost, headline, lists, recipe_line, sections
+from floatline.report.audit_sections import sections
+from floatline.report.audit_sentences import about, cost, headline, lists, recipe_line
 from floatline.report.paper import Paper
 
 if TYPE_CHECKING:
