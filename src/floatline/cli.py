@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -32,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+Files = list[tuple[Path | None, Callable[[Path], object]]]
+"""Files that were asked for, if they were, with what writes each."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -173,7 +176,7 @@ def plan(
     """
     from floatline.plan.command import PlanRequest
     from floatline.plan.shape import Shape, parse_image
-    from floatline.report.plan_output import check_outputs
+    from floatline.report.plan_output import check_outputs, text_of, write_page, write_picture
 
     size = None if image is None else parse_image(image)
     request = PlanRequest(
@@ -195,7 +198,11 @@ def plan(
     )
     check_outputs(request, out, png, export)
     answer = _planned(request, overrides or [])
-    _show_plan(answer, out, png, export, as_json)
+    files: Files = [
+        (out, lambda path: write_page(answer, path)),
+        (png, lambda path: write_picture(cast("PlanReport", answer), path)),
+    ]
+    _show(text_of(answer, export), answer.as_dict, files, as_json)
     raise typer.Exit(0 if answer.fits else 1)
 
 
@@ -214,23 +221,17 @@ def _planned(request: PlanRequest, overrides: list[str]) -> PlanReport | Compari
         return compare(request, progress) if request.hardware == "all" else answer(request, progress)
 
 
-def _show_plan(
-    answer: PlanReport | Comparison, out: Path | None, png: Path | None, export: str | None, as_json: bool
-) -> None:
-    from floatline.report.plan_output import text_of, write_page, write_picture
-
-    text = text_of(answer, export)
+def _show(text: str, tree: Callable[[], dict[str, Any]], files: Files, as_json: bool) -> None:
+    """Write the files that were asked for and print the answer; a file that cannot be written must not cost it."""
     written: list[str] = []
     try:
-        if out is not None:
-            write_page(answer, out)
-            written.append(str(out))
-        if png is not None:
-            write_picture(cast("PlanReport", answer), png)
-            written.append(str(png))
-    finally:  # a file that cannot be written must not cost the answer
+        for path, write in files:
+            if path is not None:
+                write(path)
+                written.append(str(path))
+    finally:
         if as_json:
-            _print_json({**answer.as_dict(), "written": written})
+            _print_json({**tree(), "written": written})
         else:
             print(text, *written, sep="\n", end="\n" if written else "")
 
@@ -277,6 +278,8 @@ def audit(
     from floatline.audit.command import AuditRequest, parse_probes
     from floatline.files import check_writable
     from floatline.plan.shape import Shape, parse_image
+    from floatline.report.audit_page import write_audit
+    from floatline.report.audit_text import audit_text
 
     size = None if image is None else parse_image(image)
     request = AuditRequest(
@@ -300,7 +303,7 @@ def audit(
     if out is not None:
         check_writable(out)
     found = _audited(request, overrides or [])
-    _show_audit(found, out, as_json)
+    _show(audit_text(found), found.as_dict, [(out, lambda path: write_audit(found, path))], as_json)
     raise typer.Exit(0 if found.safe else 1)
 
 
@@ -316,22 +319,6 @@ def _audited(request: AuditRequest, overrides: list[str]) -> AuditReport:
     _refuse_overrides(request.model, overrides)
     with planning(word="audit") as progress:
         return answer(request, progress)
-
-
-def _show_audit(found: AuditReport, out: Path | None, as_json: bool) -> None:
-    from floatline.report.audit_page import write_audit
-    from floatline.report.audit_text import audit_text
-
-    written: list[str] = []
-    try:
-        if out is not None:
-            write_audit(found, out)
-            written.append(str(out))
-    finally:  # a file that cannot be written must not cost the answer
-        if as_json:
-            _print_json({**found.as_dict(), "written": written})
-        else:
-            print(audit_text(found), *written, sep="\n", end="\n" if written else "")
 
 
 def _refuse_overrides(model: str, overrides: list[str]) -> None:
@@ -407,23 +394,12 @@ def formats(as_json: Json = False) -> None:
 
     It is computed from their bit layout, not typed.
     """
-    from floatline.formats import format_rows
+    from floatline.formats import format_rows, format_text
 
-    rows = format_rows()
     if as_json:
-        _print_json(rows)
+        _print_json(format_rows())
         return
-    header: dict[str, object] = {key: key for key in rows[0]}
-    for row in [header, *rows]:
-        print("  ".join(_cell(key, value) for key, value in row.items()).rstrip())
-
-
-def _cell(key: str, value: object) -> str:
-    width = {"format": 9, "exponent_bits": 13, "exact_integers": 16}.get(key, 13)
-    if isinstance(value, float):
-        value = f"{value:.6g}"
-    shown = "-" if value is None else str(value)
-    return shown.ljust(width) if key in {"format", "top_codes"} else shown.rjust(width)
+    print(format_text())
 
 
 if __name__ == "__main__":

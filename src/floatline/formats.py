@@ -173,3 +173,18 @@ def format_rows() -> list[dict[str, object]]:
         }
         for fmt in FORMATS.values()
     ]
+
+
+def format_text() -> str:
+    """Return the table of formats as text, a line a format."""
+    rows = format_rows()
+    header: dict[str, object] = {key: key for key in rows[0]}
+    return "\n".join("  ".join(_cell(key, value) for key, value in row.items()).rstrip() for row in [header, *rows])
+
+
+def _cell(key: str, value: object) -> str:
+    width = {"format": 9, "exponent_bits": 13, "exact_integers": 16}.get(key, 13)
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    shown = "-" if value is None else str(value)
+    return shown.ljust(width) if key in {"format", "top_codes"} else shown.rjust(width)
