@@ -34,8 +34,9 @@ check: $(STAMP) ## lint, types, doctests, generated docs up to date
 	$(BIN)/python -m pytest --doctest-modules src
 	$(BIN)/python docs/generate.py --check
 
-soak: $(STAMP) ## long runs: kill a training run at 20 random moments and compare
+soak: $(STAMP) ## long runs: kill a training run at 20 random moments and compare; property tests on new examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests
+	OMP_NUM_THREADS=1 FLOATLINE_EXAMPLES=new $(BIN)/python -m pytest $$(grep -rl "^@given" tests)
 
 bench: $(STAMP) ## overhead of step and guard beside others, import times; prints tables
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import settings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HERE = Path(__file__).parent
@@ -16,6 +18,11 @@ sys.path[:0] = [
 ]  # fmt: skip
 
 import zoo as models  # noqa: E402
+
+# The same examples in every run, so that a red suite is the change's doing; `make soak` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new")
+settings.load_profile(os.environ.get("FLOATLINE_EXAMPLES", "same"))
 
 # One fork server serves all tests, whichever starts it: with what a worker needs imported once, not by each worker.
 multiprocessing.set_forkserver_preload(

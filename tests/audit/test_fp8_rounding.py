@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from floatline.audit.fp8_rounding import BLOCK, SCHEMES, expected_error, operand_error, quantised, rounding_rms
+from floatline.audit.fp8_rounding import (
+    BLOCK,
+    SCHEMES,
+    SMALLEST_AMAX,
+    expected_error,
+    operand_error,
+    quantised,
+    rounding_rms,
+)
 from floatline.observe.error.rounding import round_to
 
 DTYPES = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
@@ -74,7 +82,15 @@ def test_nothing_saturates_and_zeros_stay(values, scaling):
     tensor = torch.tensor([values])
     found = quantised(tensor, "fp8-e4m3", scaling, 1)
     assert found.isfinite().all() and (found[tensor == 0] == 0).all()
-    assert (found.abs() <= tensor.abs().max() * (1 + 2**-4)).all()
+    amax = tensor.abs().max().double()
+    half_step = torch.maximum(amax * 2**-4, torch.tensor(SMALLEST_AMAX / 448 * 2**-9))  # of normals, of subnormals
+    assert (found.abs() <= amax + half_step * (1 + 1e-6)).all()
+
+
+def test_a_group_smaller_than_the_smallest_scale_is_rounded_to_subnormals():
+    tensor = torch.tensor([[1.1778834374254013e-17, 1e-18, 0.0]])
+    step = SMALLEST_AMAX / 448 * 2**-9
+    assert torch.allclose(quantised(tensor, "fp8-e4m3", "tensor", 1), torch.tensor([[3 * step, 0.0, 0.0]]), atol=0)
 
 
 def test_what_is_lost_is_counted():

@@ -1,8 +1,10 @@
 """kill -9 at random moments, the same command again: the losses are those of a run that was never stopped."""
 
+import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -24,33 +26,48 @@ def finish(line):
     return done
 
 
-def wait_for_first_update(process, directory):
-    """Wait until the run has logged an update, so that kills fall into the run and not into imports."""
+def steps(directory):
+    """The records of updates in a run's metrics, whole lines only: the run may be writing."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def logged(directory):
+    """The last update in the run's metrics; 0 when there is none."""
+    return max((record["step"] for record in steps(directory)), default=0)
+
+
+def wait_for_update(process, directory, update=1):
+    """Wait until this process has logged that update, so that kills fall into the run and not into imports."""
     path = directory / "metrics.jsonl"
     before = path.stat().st_mtime_ns if path.exists() else 0
-    while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
-        time.sleep(0.01)
+    while process.poll() is None:
+        if path.exists() and path.stat().st_mtime_ns != before and logged(directory) >= update:
+            return
+        time.sleep(0.005)
 
 
 def kill_and_resume(recipe_file, tmp_path, losses, kills, seed, overrides=()):
-    """Kill a run `kills` times while it trains, evaluates or saves; returns how often it was still running."""
+    """Kill a run `kills` times, each a little after an update drawn at random, and finish it: it must be the whole one.
+
+    Returns how often it was still running. Where to kill is said in updates: a time would depend on the machine's load.
+    """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(command(recipe_file, whole, *overrides))
-    wait_for_first_update(process, whole)
-    began = time.monotonic()
-    process.communicate()
-    length = time.monotonic() - began
+    finish(command(recipe_file, whole, *overrides))
+    expected = losses(whole)
+    update_s = statistics.median(record["step_s"] for record in steps(whole))
     generator = random.Random(seed)
     hits = 0
-    for _ in range(kills):
+    for update in sorted(generator.sample(range(1, len(expected)), kills)):
         process = start(command(recipe_file, killed, *overrides))
-        wait_for_first_update(process, killed)
-        time.sleep(generator.uniform(0, 0.7 * length))
+        wait_for_update(process, killed, update)
+        time.sleep(generator.uniform(0, 2 * update_s))
         hits += process.poll() is None
         process.kill()
         process.wait()
     finish(command(recipe_file, killed, *overrides))
-    assert losses(killed) == losses(whole)
+    assert losses(killed) == expected
     return hits
 
 
@@ -80,7 +97,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe_file, tmp_path, losse
     finish(command(recipe_file, tmp_path / "whole"))
     line = command(recipe_file, tmp_path / "ended")
     process = start([*line])
-    wait_for_first_update(process, tmp_path / "ended")
+    wait_for_update(process, tmp_path / "ended")
     os.kill(process.pid, signal.SIGTERM)
     process.communicate()
     assert process.returncode in (130, 0)
