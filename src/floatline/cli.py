@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 Files = list[tuple[Path | None, Callable[[Path], object]]]
 """Files that were asked for, if they were, with what writes each."""
+OTHERS_SHOW_IT_S = 30.0
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -43,9 +45,10 @@ def main() -> NoReturn:
     try:
         app(prog_name="floatline")
     except FloatlineError as error:
-        if not error.told:
-            print(f"error: {error.message}", file=sys.stderr)
-        if error.hint and not error.told:
+        if error.told:
+            _wait_to_be_ended()
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -54,6 +57,14 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.exit(0)
     sys.exit(0)
+
+
+def _wait_to_be_ended() -> None:
+    """Leave an error to the rank that shows it, which must be the first to go: torchrun ends all ranks then.
+
+    Who is still here after that time was left alone with the error, and shows it.
+    """
+    time.sleep(OTHERS_SHOW_IT_S)
 
 
 def _print_json(value: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import floatline as fl
 from floatline.audit.report import AuditReport
+from floatline.audit.tolerance import Tolerance
 from floatline.errors import ConfigError, ModelError
 
 
@@ -121,3 +122,41 @@ def test_what_the_caller_has_switched_on_changes_nothing(around: Callable[[], An
         inside = audited(model, batch)
     assert inside.fp32 == plain.fp32
     assert inside.candidates["bf16"].all_lowered == plain.candidates["bf16"].all_lowered
+
+
+def test_gradients_that_nearly_vanish_make_no_island() -> None:
+    """DETR: its queries start alike, so that gradients of attention's queries and keys are 1e-7 to 1e-12 of all."""
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    torch.manual_seed(0)
+    backbone = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 32, 64], depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder")
+             for name, value in {"layers": 2, "ffn_dim": 128, "attention_heads": 4}.items()}  # fmt: skip
+    config = DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+                        backbone_config=backbone, d_model=64, num_queries=10, num_labels=5, **sizes)  # fmt: skip
+    labels = [{"class_labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4) * 0.4 + 0.1} for _ in range(2)]
+    model, batch = DetrForObjectDetection(config), {"pixel_values": torch.randn(2, 3, 64, 64), "labels": labels}
+    report = audited(model, batch, candidates=("bf16", "fp16"))
+    assert {name: c.policy for name, c in report.candidates.items()} == {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+    with pytest.raises(ModelError, match=r"does not run under bf16-true.*cdist") as told:
+        audited(model, batch, mode="true")
+    assert "mode='mixed'" in told.value.hint
+
+
+def test_islands_are_told_with_the_error_that_they_are_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    batch, settings = torch.randn(8, 16), {"candidates": ("fp16",), "tolerance": Tolerance(loss=1e-5)}
+    assert "the loss's error is" in audited(model, batch, squared, **settings).verdict
+    settings["tolerance"] = Tolerance(gradient=1e-5)
+    assert "the gradient's error is" in audited(model, batch, squared, **settings).verdict
+    settings["tolerance"] = Tolerance(tensor=1e-4)
+    told = audited(model, batch, squared, **settings)
+    worst = told.candidates["fp16"].all_lowered.tensor
+    assert f"the error of {worst}'s gradient is" in told.verdict and "at most" in told.verdict
+
+
+def squared(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()  # type: ignore[no-any-return]

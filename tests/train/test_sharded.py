@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from floatline.cli import OTHERS_SHOW_IT_S
 from floatline.train import load_recipe, train
 from floatline.train.checkpoint import find_fault, list_checkpoints
 
@@ -292,5 +293,16 @@ def test_sigterm_stops_all_ranks_at_the_same_update(recipe, losses, tmp_path):
 )
 def test_mistakes_are_told_once(recipe, tmp_path, overrides, message, hint):
     process = start(2, recipe, tmp_path / "run", *overrides)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and err.count(f"error: {message}") == 1 and f"hint: {hint}" in err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_leaves_the_error_to_another_waits_to_be_ended(floatline, monkeypatch, recipe, rank):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    waited = []
+    monkeypatch.setattr("floatline.cli.time.sleep", waited.append)
+    done = floatline("train", recipe, "train.nonsense=1")
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1
+    assert waited == [OTHERS_SHOW_IT_S] * rank

@@ -140,7 +140,7 @@ def audit(
         modules=tuple(modules),
         candidates=made,
         policy=policy,
-        verdict=verdict(policy, made, len(list(subject.model.modules())), rows),
+        verdict=verdict(policy, made, len(list(subject.model.modules())), rows, allowed),
         fp32=fp32,
         updates=updates,
         fp8=eights,

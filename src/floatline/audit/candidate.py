@@ -186,16 +186,28 @@ class Lowering:
         try:
             return self.effect(())
         except RuntimeError as error:
-            if not any(word in str(error) for word in ("dtype", "scalar type")):
+            if not any(word in str(error) for word in ("dtype", "scalar type", "not implemented for")):
                 raise
             raise ModelError(
                 f"{type(self.subject.model).__name__} does not run under {self.base}: {error}",
-                hint="its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to a weight's dtype",
+                hint="audit mode='mixed', or let its code (and the loss) make tensors of a weight's dtype",
             ) from error
 
     def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
         metered = self.subject.read(Policy.parse(self.base), scale)
-        return metered, tuple((reading, judge(reading)) for reading in metered.readings)
+        small = self._small()
+        return metered, tuple(
+            (reading, judge(reading, counts=reading.phase != "backward" or reading.spot.module not in small))
+            for reading in metered.readings
+        )
+
+    def _small(self) -> frozenset[str]:
+        """Return modules with parameters of their own, of which no gradient counts."""
+        counts: dict[str, bool] = {}
+        for name in self.exact.gradients:
+            module = name.rpartition(".")[0]
+            counts[module] = counts.get(module, False) or self.exact.counts(name)
+        return frozenset(module for module, any_of_it in counts.items() if not any_of_it)
 
     def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], scale: float) -> float:
         """Return the loss scale that a scaler would come to once the forward is finite; the given one if it never is.

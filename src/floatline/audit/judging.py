@@ -15,6 +15,7 @@ by itself.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,7 @@ FLUSHED = 0.1
 STALLED = 0.05
 FLIPPED = 0.01
 HALVES = ("fp16", "bf16")
+_FINITE = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,16 @@ class Judged:
     why: str = ""
 
 
-def judge(reading: Reading) -> Judged:
-    """Return how an op fails, by the first of range, stagnation and rounding that is above its threshold."""
+def judge(reading: Reading, *, counts: bool = True) -> Judged:
+    """Return how an op fails, by the first of range, stagnation and rounding that is above its threshold.
+
+    Args:
+        reading: What was measured of it.
+        counts: Whether its result matters; where it does not, only an overflow is a failure.
+    """
     found = [*_range(reading.measure), *_stagnation(reading), *_rounding(reading), *_decisions(reading)]
     worst = max((judged.severity for judged in found), default=0.0)
-    failing = next((judged for judged in found if judged.severity > 1), None)
+    failing = next((judged for judged in found if judged.severity > (1 if counts else _FINITE)), None)
     return failing or Judged(failure=None, severity=worst)
 
 

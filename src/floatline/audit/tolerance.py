@@ -64,7 +64,7 @@ class Effect:
         policy: Its string.
         loss_error: Relative error of the loss or of the outputs; `inf` where it is not finite.
         gradient_error: Relative error of the whole gradient; 0 where no backward was run.
-        tensor_error: The largest relative error of one parameter's gradient, of those that fp32 computes well.
+        tensor_error: The largest relative error of one parameter's gradient, of those that count (exact.py).
         tensor: That parameter.
         scale: Loss scale of the backward.
     """

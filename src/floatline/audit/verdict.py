@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from floatline.audit.candidate import Lowered
 from floatline.audit.judging import percent
 from floatline.audit.report import Candidate, Row
-from floatline.audit.tolerance import Effect
+from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.update_report import UpdateReport
 
 
@@ -19,9 +19,11 @@ def choose(candidates: Mapping[str, Candidate]) -> str:
     return str(min(usable, key=lambda c: (len(c.islands) > 0, c.cost)).policy)
 
 
-def verdict(policy: str, candidates: Mapping[str, Candidate], modules: int, rows: Sequence[Row]) -> str:
+def verdict(
+    policy: str, candidates: Mapping[str, Candidate], modules: int, rows: Sequence[Row], allowed: Tolerance
+) -> str:
     """Return one paragraph: a sentence for each candidate, then the choice."""
-    sentences = [_of(candidate, modules, rows) for candidate in candidates.values()]
+    sentences = [_of(candidate, modules, rows, allowed) for candidate in candidates.values()]
     if policy == "32-true":
         sentences.append("Stay in fp32: 32-true.")
     else:
@@ -29,7 +31,7 @@ def verdict(policy: str, candidates: Mapping[str, Candidate], modules: int, rows
     return " ".join(sentences)
 
 
-def _of(candidate: Candidate, modules: int, rows: Sequence[Row]) -> str:
+def _of(candidate: Candidate, modules: int, rows: Sequence[Row], allowed: Tolerance) -> str:
     failing = sum(row.candidate == candidate.name and row.failure is not None for row in rows)
     lowered, effect = candidate.all_lowered, candidate.effect
     if candidate.policy is None:
@@ -40,8 +42,8 @@ def _of(candidate: Candidate, modules: int, rows: Sequence[Row]) -> str:
         text = f"{candidate.base} is within the tolerance, but {failing} ops outside of modules fail (see the advice)"
     else:
         assert effect is not None
-        text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32: the "
-        text += _before_and_after(lowered, effect)
+        text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32: "
+        text += _before_and_after(lowered, effect, allowed)
     if candidate.illegal:
         text += f"; the target does not run it: {candidate.illegal}"
     return text + "."
@@ -53,12 +55,19 @@ def _within(effect: Effect) -> str:
     return f"loss within {percent(effect.loss_error)}, gradient within {percent(effect.gradient_error)}"
 
 
-def _before_and_after(before: Effect, after: Effect) -> str:
-    forward = not after.gradient_error
-    what = "outputs' error" if forward else "gradient's error"
-    errors = [effect.loss_error if forward else effect.gradient_error for effect in (before, after)]
-    without = percent(errors[0]) if before.finite else "not finite"
-    return f"{what} is {without} without and {percent(errors[1])} with them"
+def _before_and_after(before: Effect, after: Effect, allowed: Tolerance) -> str:
+    """Say what the islands do to the error that is furthest outside of the tolerance without them."""
+    errors = {"loss_error": allowed.loss, "gradient_error": allowed.gradient, "tensor_error": allowed.tensor}
+    worst = max(errors, key=lambda name: getattr(before, name) / errors[name])
+    if not after.gradient_error:
+        what = "the outputs' error"
+    elif worst == "tensor_error":
+        what = f"the error of {before.tensor}'s gradient"
+    else:
+        what = f"the {worst.removesuffix('_error')}'s error"
+    without = percent(getattr(before, worst)) if before.finite else "not finite"
+    now = f"at most {percent(after.tensor_error)}" if worst == "tensor_error" else percent(getattr(after, worst))
+    return f"{what} is {without} without and {now} with them"
 
 
 def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
