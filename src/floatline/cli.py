@@ -268,7 +268,7 @@ def audit(
     lr: Annotated[float | None, typer.Option(help="Its learning rate; 1e-4.")] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Also say which linear layers could multiply in fp8.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs with stochastic rounding for each confidence.")] = 3,
-    probes: Annotated[str, typer.Option(help="Modules lowered one at a time: a number, or all.")] = "12",
+    probes: Annotated[str, typer.Option(help="Modules lowered one at a time: a number at most, or all.")] = "12",
     most_trials: Annotated[int | None, typer.Option(help="Joint evaluations of the search at most.")] = None,
     batches: Annotated[int, typer.Option(help="Batches of a recipe's data.")] = 1,
     batch: Annotated[int | None, typer.Option(help="Samples of a bare model's batch.")] = None,

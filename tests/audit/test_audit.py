@@ -90,6 +90,16 @@ def test_two_audits_say_the_same(batch):
     assert one.as_dict() | {"seconds": 0} == two.as_dict() | {"seconds": 0}
 
 
+def test_probes_end_after_four_that_hardly_matter_unless_all_are_asked_for(batch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(7)], nn.Linear(16, 4))
+    settings = {"candidates": ("fp16",), "hardware": "cpu", "repeats": 0}
+    assert fl.audit(model, batch, cross_entropy, **settings).passes["probes"] == 4
+    assert fl.audit(model, batch, cross_entropy, probes=None, **settings).passes["probes"] == 8
+    matters = fl.audit(model, batch, cross_entropy, tolerance=1e-3, **settings)
+    assert matters.passes["probes"] > 4
+
+
 def test_noise_probes_and_passes_are_told(batch):
     torch.manual_seed(0)
     report = fl.audit(Overflowing(), batch, cross_entropy, ("bf16",), hardware="cpu", repeats=3, probes=None)

@@ -78,7 +78,7 @@ def audit(
             1e-4 in mode "true".
         backward: Also audit the backward.
         repeats: Runs with stochastic rounding for each confidence.
-        probes: Modules that are lowered one at a time, the most suspected ones; None for all.
+        probes: Modules that are lowered one at a time at most, the most suspected ones; None for all.
         most_trials: Joint evaluations at most; None for as many as the search takes.
         fp8: Also say which linear layers could multiply in fp8.
         seed: Of what the model draws.
@@ -123,7 +123,8 @@ def audit(
     rows, modules = [], []
     for low in lowered:
         items = module_candidates(subject.model, low.judged, frozenset())
-        alone = probe(subject, exacts[0], low.name, mode, items, probes, low.all_lowered.scale, low.borders.half_inputs)
+        scale, half_inputs = low.all_lowered.scale, low.borders.half_inputs
+        alone = probe(subject, exacts[0], low.name, mode, items, probes, allowed, scale, half_inputs)
         sure = _confidences(subject, exacts, low, allowed, repeats)
         rows += rows_of(low)
         modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)

@@ -1,7 +1,7 @@
 """What lowering a single module does to the loss and the gradients, everything else in fp32.
 
 The local error of an op says what it loses; this says what that means for the step. One module costs one step, so the
-most suspected ones are run, up to a number; the rest of a healthy model loses no more than those.
+most suspected ones are run, up to a number, and no more after `QUIET` in a row that hardly matter.
 
 Where a module's inputs arrive in the half format when everything is lowered, they are rounded here too: a norm or a
 softmax by hand computes in the format that it is given.
@@ -17,12 +17,16 @@ from floatline.audit.candidate import NAMES
 from floatline.audit.exact import Exact
 from floatline.audit.metered import inputs_rounded
 from floatline.audit.subject import Subject
-from floatline.audit.tolerance import Effect
+from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Item, inside, merged
 from floatline.errors import PrecisionError
 from floatline.observe.finite import plain_name
 from floatline.precision import Policy
 from floatline.precision.islands import DTYPES
+
+QUIET = 4
+HARDLY = 0.1
+"""Error in units of the tolerance below which a module by itself hardly matters."""
 
 
 def probe(
@@ -32,6 +36,7 @@ def probe(
     mode: str,
     items: Sequence[Item],
     most: int | None,
+    tolerance: Tolerance,
     scale: float,
     half_inputs: Collection[str] = (),
 ) -> Mapping[str, Effect]:
@@ -43,7 +48,8 @@ def probe(
         name: "bf16" or "fp16".
         mode: "mixed" or "true".
         items: The candidates.
-        most: Modules to run; None for all.
+        most: Modules to run at most; None for all.
+        tolerance: What is allowed.
         scale: Loss scale.
         half_inputs: Modules whose inputs are in the half format when everything is lowered.
 
@@ -52,13 +58,17 @@ def probe(
     """
     ranked = sorted(items, key=lambda item: -item.suspicion)[:most]
     found: dict[str, Effect] = {}
+    quiet = 0
     for item in ranked:
+        if most is not None and quiet == QUIET:
+            break
         policy = _alone(item.name, name, mode, items)
         around = partial(_rounded, subject, item.name, name) if item.name in half_inputs else nullcontext
         try:
             found[item.name] = subject.effect(policy, exact, what="probes", scale=scale, around=around)
         except PrecisionError:  # shares a weight with a module of the other format
             continue
+        quiet = quiet + 1 if found[item.name].ratio(tolerance) < HARDLY else 0
     return found
 
 
