@@ -86,16 +86,12 @@ def test_micro_batches_give_the_same_losses(run, tmp_path, losses):
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-true", "16-true", "bf16-mixed; model.visual=32"])
 def test_every_precision_runs_and_resumes_exactly(run, tmp_path, losses, precision):
     """A run that ends early and is resumed equals one that was never stopped."""
-    run("whole", f"precision={precision}")
-    run("parts", f"precision={precision}")
-    parts = tmp_path / "parts"
-    for path in list_checkpoints(parts / "checkpoints")[1:]:
-        shutil.rmtree(path)
-    manifest = json.loads((parts / "run.json").read_text())
-    (parts / "run.json").write_text(json.dumps(manifest | {"status": "running"}))
-    run("parts", f"precision={precision}")
-    assert json.loads((parts / "run.json").read_text())["resumed"]
-    assert losses(parts) == losses(tmp_path / "whole")
+    run("run", f"precision={precision}")
+    whole = losses(tmp_path / "run")
+    _forget_the_end(tmp_path / "run", keep=1)
+    run("run", f"precision={precision}")
+    assert json.loads((tmp_path / "run/run.json").read_text())["resumed"]
+    assert losses(tmp_path / "run") == whole
 
 
 def _forget_the_end(home, keep):

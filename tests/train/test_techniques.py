@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,20 +161,19 @@ def test_every_technique_is_switched_on_here():
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_each_trains_from_a_recipe_and_resumes_to_the_bit(name, recipe_file, losses, tmp_path):
+def test_each_trains_from_a_recipe_and_resumes_to_the_bit(name, recipe_file, losses):
     """Six updates at a stretch, and three, a stop and three more."""
     if name == "sharding":
         pytest.skip("a group of ranks ends with its process: test_sharded.py")
-    whole = load_recipe(recipe_file, [*SMALL, *EACH[name]])
-    assert train(whole).status == "finished"
-    halves = load_recipe(recipe_file, [*SMALL, *EACH[name], f"run.dir={tmp_path / 'halves'}"])
-    train(halves)
-    shutil.rmtree(tmp_path / "halves/checkpoints/step-00000006")
-    manifest = json.loads((tmp_path / "halves/run.json").read_text())
-    (tmp_path / "halves/run.json").write_text(json.dumps({**manifest, "status": "failed"}))
-    assert train(halves).status == "finished"
-    assert json.loads((tmp_path / "halves/run.json").read_text())["resumed"][0]["at_step"] == 3
-    assert losses(whole.run.dir) == losses(halves.run.dir)
+    recipe = load_recipe(recipe_file, [*SMALL, *EACH[name]])
+    assert train(recipe).status == "finished"
+    home, whole = Path(recipe.run.dir), losses(recipe.run.dir)
+    shutil.rmtree(home / "checkpoints/step-00000006")
+    manifest = json.loads((home / "run.json").read_text())
+    (home / "run.json").write_text(json.dumps({**manifest, "status": "failed"}))
+    assert train(recipe).status == "finished"
+    assert json.loads((home / "run.json").read_text())["resumed"][0]["at_step"] == 3
+    assert losses(home) == whole
     named = [t["technique"].partition("(")[0] for t in manifest["techniques"]]
     assert named == ([] if name == "precision" else [name])
 
