@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,7 +225,7 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused():
+        with self._started(Policy.parse("32-true"), seed), self._graph(), self._original_refused():
             try:
                 value = self._value(self.model, _fresh(self.batches[batch]))
             except FloatlineError:
@@ -291,7 +291,7 @@ class Subject:
                 if tensor.is_floating_point():
                     meter.shadows.set(tensor, self._weights[name].double())
             meter.enter("forward")
-        with torch.enable_grad() if self.backward else torch.no_grad():
+        with self._graph():
             with applied.autocast():
                 value = self._value(self.model, _fresh(self.batches[batch]))
             if self.backward:
@@ -299,6 +299,10 @@ class Subject:
         with _disable_current_modes():  # looking is no part of the step
             gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
         return value, gradients
+
+    def _graph(self) -> AbstractContextManager[Any]:
+        """Context of a forward: with gradients, for a force field or a gradient penalty takes some on its way."""
+        return torch.enable_grad() if self.backward else torch.no_grad()
 
     def _backward(self, value: torch.Tensor, scale: float, meter: ErrorMeter | None) -> None:
         if not value.requires_grad:
