@@ -20,7 +20,7 @@ from typing import Any
 from floatline.audit.exact import Exact
 from floatline.audit.judging import Judged, explained, judge
 from floatline.audit.metered import Borders, Metered
-from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, with_ties
+from floatline.audit.modules import callable_modules, candidates, cost_shares, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
 from floatline.audit.subject import Subject
@@ -34,6 +34,8 @@ from floatline.precision import Policy
 NAMES = {"bf16": ("bf16-mixed", "bf16-true", "bf16"), "fp16": ("16-mixed", "16-true", "16")}
 """Candidate -> its policies in mode mixed and true, and what it is called in a rule."""
 MODES = ("mixed", "true")
+LARGEST_SCALE = 2.0**15
+"""The largest loss scale that reaches a loss in fp16: 2^16, where scalers start, is infinite there."""
 
 
 def check_candidates(candidates: Any) -> None:
@@ -115,6 +117,11 @@ class Lowered:
         return tuple(best)
 
 
+def _whatever_the_scale(reading: Reading) -> bool:
+    """Say whether no loss scale mends a failure that an unscaled step has."""
+    return reading.phase == "forward" or (reading.measure is not None and bool(reading.measure.overflow))
+
+
 class Lowering:
     """The audit of one format.
 
@@ -143,8 +150,8 @@ class Lowering:
         """Do it."""
         everything = self._everything()
         self._scale = everything.scale if everything.finite else None
-        metered, judged = self._read(everything.scale)
-        if not everything.finite and (scale := self._scale_with_islands(judged, everything.scale)) != everything.scale:
+        metered, judged = self._read(everything.scale if everything.finite else 1.0)
+        if not everything.finite and (scale := self._scale_with_islands(judged, everything)) != 1.0:
             metered, judged = self._read(scale)
         costs = dict(cost_shares(self.subject.model, judged))
         known = callable_modules(self.subject.model)
@@ -197,19 +204,20 @@ class Lowering:
         metered = self.subject.read(Policy.parse(self.base), scale)
         return metered, tuple((reading, judge(reading)) for reading in metered.readings)
 
-    def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], scale: float) -> float:
-        """Return the loss scale that a scaler would come to once the forward is finite; the given one if it never is.
+    def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], everything: Effect) -> float:
+        """Return the loss scale that a scaler would come to once the step is finite; 1 if it never is.
 
         Until then the scale has not been tried out, and gradients may overflow that will not in training. Islands are
-        what fails in the forward, then the modules around that, last all.
+        what fails in the forward and what overflows in the backward, unscaled; if that is not all, those that the
+        search finds; last all modules.
         """
         known = callable_modules(self.subject.model)
-        islands = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
-        while True:
-            effect = self.effect(merged(islands or known))
-            if effect.finite or not islands:
-                return effect.scale if effect.finite else scale
-            islands = {around for name in islands if (around := around_of(name, known))}
+        failing = {r.spot.module for r, j in judged if j.failure is not None and _whatever_the_scale(r)} & known.keys()
+        islands: frozenset[str] | None = merged(failing)
+        if not self.effect(islands or ()).finite:
+            islands = self._search(judged, merged(failing), everything)[0]
+        effect = self.effect(merged(known) if islands is None else islands)
+        return min(effect.scale, LARGEST_SCALE) if effect.finite else 1.0
 
     # The search
 

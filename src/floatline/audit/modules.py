@@ -9,7 +9,7 @@ candidates, too, that only call others.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -70,14 +70,6 @@ def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
         if len(shared) > 1 and any(inside(owner, chosen) for owner in shared):
             chosen |= shared
     return merged(chosen - {""})
-
-
-def around_of(name: str, known: Container[str]) -> str:
-    """Return the nearest module around one that a rule can name, "" where there is none."""
-    around = name.rpartition(".")[0]
-    while around and around not in known:
-        around = around.rpartition(".")[0]
-    return around
 
 
 def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
