@@ -156,15 +156,16 @@ class Lowering:
         costs = dict(cost_shares(self.subject.model, judged))
         known = callable_modules(self.subject.model)
         flagged = frozenset(r.spot.module for r, j in judged if j.failure is not None)
-        flagged |= {name.rpartition(".")[0] for name in metered.stalled_buffers}
-        flagged &= known.keys()
+        averaging = {name.rpartition(".")[0] for name in metered.stalled_buffers}
+        flagged = (flagged | averaging) & known.keys()
         fixed = merged(flagged)
         islands, found, reason = self._search(judged, fixed, everything)
         again, policy, effect = frozenset[str](), None, None
         if islands is not None:
             if self.base.endswith("-true"):
                 islands = with_ties(self.subject.model, islands)
-            judged = explained(judged, islands, everything.ratio(self.tolerance))
+            needed = [name for name in islands if not any(inside(owner, {name}) for owner in averaging)]
+            judged = explained(judged, needed, everything.ratio(self.tolerance))
             again = self._hollowed(islands, flagged, judged)
             policy, effect = str(self.policy(islands, again)), self.effect(islands, again)
         return Lowered(

@@ -212,12 +212,12 @@ class Subject:
             self._step(applied, batch, scale, meter)
             with _disable_current_modes():  # looking is no part of the step
                 errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
-                buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
-                           for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
+                written = {name: (t.detach().clone(), meter.shadows.of(t).clone()) for name, t in _tensors(self.model)
+                           if t.is_floating_point() and not t.requires_grad}  # fmt: skip
         return Metered(
             readings=tuple(meter.readings),
             gradient_errors=errors,
-            stalled_buffers=stalled_buffers(self._weights, buffers),
+            stalled_buffers=stalled_buffers(self._weights, written),
             unmeasured=dict(meter.unmeasured),
             borders=borders,
         )
