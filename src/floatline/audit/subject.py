@@ -272,13 +272,15 @@ class Subject:
             torch.manual_seed(self.seed if seed is None else seed)
             before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
+            # cast back, a tensor may lie where it lay: its address does not tell
+            cast = {name for name, tensor in _tensors(self.model) if tensor.dtype != self._weights[name].dtype}
             try:
                 yield applied
             finally:
                 applied.undo()
                 with torch.no_grad():
                     for name, tensor in _tensors(self.model):
-                        if before[name] != (tensor._version, tensor.data_ptr()):  # written, or cast and cast back
+                        if name in cast or before[name] != (tensor._version, tensor.data_ptr()):  # or written
                             tensor.copy_(self._weights[name])
                 for parameter in self.model.parameters():
                     parameter.grad = None
