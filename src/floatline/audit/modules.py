@@ -72,6 +72,16 @@ def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
     return merged(chosen - {""})
 
 
+def module_of_error(error: BaseException, known: Mapping[str, nn.Module]) -> str | None:
+    """Return the innermost module whose forward an exception came through; None where no rule can name one."""
+    names = {id(module): name for name, module in known.items()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
+
+
 def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that a rule can name: all but the model itself and containers without a forward."""
     return {

@@ -164,17 +164,22 @@ class Subject:
             scale: Loss scale; None takes 2^16 for policies that scale, halved until no gradient overflows.
             around: Makes a context that the step runs in.
         """
+        try:
+            return self.tried(policy, exact, batch, what=what, scale=scale, around=around)
+        except RuntimeError as error:
+            if not policy.rules or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._does_not_run(policy, error)
+
+    def tried(self, policy: Policy, exact: Exact, batch: int = 0, *, what: str = "joint", scale: float | None = None,
+              around: Callable[[], Any] = nullcontext) -> Effect:  # fmt: skip
+        """Return the effect likewise, and raise what the model raises."""
         if scale is None:
             scale = SCALE if policy.base.loss_scaling else 1.0
         while True:
             self.passes.add(what)
-            try:
-                with self._started(policy) as applied, around():
-                    value, gradients = self._step(applied, batch, scale, None)
-            except RuntimeError as error:
-                if not policy.rules or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                return self._does_not_run(policy, error)
+            with self._started(policy) as applied, around():
+                value, gradients = self._step(applied, batch, scale, None)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
             routine = policy.base.loss_scaling and scale > 1 and bool(torch.isfinite(value).all())
             if effect.finite or not routine:
