@@ -52,6 +52,19 @@ def test_every_run_starts_from_the_same_weights(policy):
     assert all(torch.equal(t, before[name]) for name, t in subject.model.state_dict().items())
 
 
+def test_cast_weights_get_their_bits_back_wherever_they_lie():
+    """The allocator often gives a tensor that is cast back the memory that it had: its address had said "untouched"."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8 + seed % 5, 16), nn.Tanh(), nn.Linear(16, 4))
+        subject = subject_of(model, torch.ones(4, 8 + seed % 5))
+        exact, _ = subject.exact()
+        for _ in range(3):
+            subject.effect(Policy.parse("bf16-true"), exact)
+        state = model.state_dict()
+        assert all(torch.equal(t, state[name]) for name, t in subject.model.state_dict().items())
+
+
 def test_islands_that_do_not_run_are_as_wrong_as_can_be_and_are_noted():
     class Same(nn.Module):
         def __init__(self):

@@ -215,7 +215,8 @@ def _candidate(
 ) -> Candidate:
     runs = format_verdict(target, low.name)
     refused = target.kind == "cuda" and not runs  # a CPU emulates what it lacks
-    base = noise_of(subject, exacts, Policy.parse(low.base), low.all_lowered, allowed, repeats)
+    seen, more = (exacts[:1], 0) if low.raising else (exacts, repeats)  # what does not run does so every time
+    base = noise_of(subject, seen, Policy.parse(low.base), low.all_lowered, allowed, more)
     own = None if low.policy is None else base
     if low.policy not in (None, low.base) and low.effect is not None:
         own = noise_of(subject, exacts, Policy.parse(str(low.policy)), low.effect, allowed, repeats)

@@ -1,4 +1,6 @@
-"""Running averages that a forward writes: do they still move in the lower format?"""
+"""Running averages that a forward writes, in buffers or in weights that take no gradient (a teacher, a momentum
+encoder): do they still move in the lower format?
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ def stalled_buffers(
     """Return running averages that keep most of their bits where the exact ones move.
 
     Args:
-        before: Buffer -> value before the forward.
-        after: Buffer -> value after it, and the exact one.
+        before: Buffer or weight -> value before the forward.
+        after: The same -> value after it, and the exact one.
 
     Returns:
-        Buffer -> share of the elements that should have moved and did not, where it is above the threshold.
+        Name -> share of the elements that should have moved and did not, where it is above the threshold.
     """
     found = {}
     for name, (low, exact) in after.items():

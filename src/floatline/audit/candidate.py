@@ -1,6 +1,7 @@
 """Audit one lower format: read every op, search for the islands, try the policy jointly.
 
 1. The step with everything lowered, against fp64: its effect, and a meter on all ops.
+   A module that raises in the format (no kernel, a constant that it cannot hold) is an island from the start.
 2. Ops that fail by themselves make their modules islands: what this host's kernels hide (a running sum that they keep
    in fp32) or this batch forgives is no reason to trust it.
 3. If the step is not within the tolerance then, the search looks for the cheapest islands that bring it there. Each
@@ -17,10 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from floatline.audit.exact import Exact
 from floatline.audit.judging import Judged, explained, judge
 from floatline.audit.metered import Borders, Metered
-from floatline.audit.modules import around_of, callable_modules, candidates, cost_shares, with_ties
+from floatline.audit.modules import callable_modules, candidates, cost_shares, module_of_error, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
 from floatline.audit.subject import Subject
@@ -29,11 +32,14 @@ from floatline.audit.trials import Outcome, Trial, inside, merged
 from floatline.errors import ConfigError, ModelError, PrecisionError, did_you_mean
 from floatline.observe.error import Reading
 from floatline.observe.finite import plain_name
+from floatline.observe.finite.places import place_of_error
 from floatline.precision import Policy
 
 NAMES = {"bf16": ("bf16-mixed", "bf16-true", "bf16"), "fp16": ("16-mixed", "16-true", "16")}
 """Candidate -> its policies in mode mixed and true, and what it is called in a rule."""
 MODES = ("mixed", "true")
+LARGEST_SCALE = 2.0**15
+"""The largest loss scale that reaches a loss in fp16: 2^16, where scalers start, is infinite there."""
 
 
 def check_candidates(candidates: Any) -> None:
@@ -67,6 +73,7 @@ class Lowered:
         name: "bf16" or "fp16".
         base: The policy without rules.
         all_lowered: Its effect.
+        raising: Module -> what it raises in the format, and where; kept in fp32 in all else that is said.
         judged: Every op with its judgement.
         gradient_errors: Parameter -> relative error of its gradient with everything lowered.
         stalled_buffers: Running average -> share of it that stands still.
@@ -88,6 +95,7 @@ class Lowered:
     name: str
     base: str
     all_lowered: Effect
+    raising: Mapping[str, str]
     judged: tuple[tuple[Reading, Judged], ...]
     gradient_errors: Mapping[str, float]
     stalled_buffers: Mapping[str, float]
@@ -115,6 +123,11 @@ class Lowered:
         return tuple(best)
 
 
+def _whatever_the_scale(reading: Reading) -> bool:
+    """Say whether no loss scale mends a failure that an unscaled step has."""
+    return reading.phase == "forward" or (reading.measure is not None and bool(reading.measure.overflow))
+
+
 class Lowering:
     """The audit of one format.
 
@@ -138,32 +151,37 @@ class Lowering:
         self._most = most_trials
         self._scale: float | None = None
         self._known: dict[str, Effect] = {}
+        self._raising: dict[str, str] = {}
 
     def run(self) -> Lowered:
         """Do it."""
         everything = self._everything()
         self._scale = everything.scale if everything.finite else None
-        metered, judged = self._read(everything.scale)
-        if not everything.finite and (scale := self._scale_with_islands(judged, everything.scale)) != everything.scale:
+        metered, judged = self._read(everything.scale if everything.finite else 1.0)
+        if not everything.finite and (scale := self._scale_with_islands(judged, everything)) != 1.0:
             metered, judged = self._read(scale)
         costs = dict(cost_shares(self.subject.model, judged))
         known = callable_modules(self.subject.model)
         flagged = frozenset(r.spot.module for r, j in judged if j.failure is not None)
-        flagged |= {name.rpartition(".")[0] for name in metered.stalled_buffers}
-        flagged &= known.keys()
+        flagged |= self._raising.keys()
+        averaging = {name.rpartition(".")[0] for name in metered.stalled_buffers}
+        flagged = (flagged | averaging) & known.keys()
         fixed = merged(flagged)
         islands, found, reason = self._search(judged, fixed, everything)
         again, policy, effect = frozenset[str](), None, None
         if islands is not None:
             if self.base.endswith("-true"):
                 islands = with_ties(self.subject.model, islands)
-            judged = explained(judged, islands, everything.ratio(self.tolerance))
+            known_reasons = averaging | self._raising.keys()
+            needed = [name for name in islands if not any(inside(owner, {name}) for owner in known_reasons)]
+            judged = explained(judged, needed, self.effect(()).ratio(self.tolerance))
             again = self._hollowed(islands, flagged, judged)
             policy, effect = str(self.policy(islands, again)), self.effect(islands, again)
         return Lowered(
             name=self.name,
             base=self.base,
             all_lowered=everything,
+            raising=self._raising,
             judged=judged,
             gradient_errors=metered.gradient_errors,
             stalled_buffers=metered.stalled_buffers,
@@ -183,18 +201,39 @@ class Lowering:
         )
 
     def _everything(self) -> Effect:
-        try:
-            return self.effect(())
-        except RuntimeError as error:
-            if not any(word in str(error) for word in ("dtype", "scalar type", "not implemented for")):
-                raise
-            raise ModelError(
-                f"{type(self.subject.model).__name__} does not run under {self.base}: {error}",
-                hint="audit mode='mixed', or let its code (and the loss) make tensors of a weight's dtype",
-            ) from error
+        """Run with everything lowered; modules that raise then are in fp32 from here on."""
+        while True:
+            try:
+                effect = self.subject.tried(self.policy(()), self.exact)
+            except RuntimeError as error:
+                self._keep_high(error)
+                continue
+            self._known[str(self.policy(()))] = effect
+            return Effect(policy=self.base, loss_error=math.inf, scale=effect.scale) if self._raising else effect
+
+    def _keep_high(self, error: RuntimeError) -> None:
+        """Note the module that has raised.
+
+        Raises:
+            ModelError: Tensors of two formats meet, or no module can be blamed: a rule helps neither.
+        """
+        said = str(error).splitlines()[0]
+        known = callable_modules(self.subject.model)
+        module = module_of_error(error, known)
+        if any(word in said for word in ("dtype", "scalar type")):
+            hint = "its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to a weight's dtype"
+        elif module is None or module in self._raising or isinstance(error, torch.OutOfMemoryError):
+            hint = "compute in fp32 there (x.float()), in a module of its own, or leave this candidate out"
+        else:
+            place = place_of_error(error)
+            self._raising[module] = said + (f" ({place.file}:{place.line})" if place is not None else "")
+            return
+        raise ModelError(
+            f"{type(self.subject.model).__name__} does not run under {self.base}: {error}", hint=hint
+        ) from error
 
     def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
-        metered = self.subject.read(Policy.parse(self.base), scale)
+        metered = self.subject.read(self.policy(()), scale)
         small = self._small()
         return metered, tuple(
             (reading, judge(reading, counts=reading.phase != "backward" or reading.spot.module not in small))
@@ -209,19 +248,20 @@ class Lowering:
             counts[module] = counts.get(module, False) or self.exact.counts(name)
         return frozenset(module for module, any_of_it in counts.items() if not any_of_it)
 
-    def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], scale: float) -> float:
-        """Return the loss scale that a scaler would come to once the forward is finite; the given one if it never is.
+    def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], everything: Effect) -> float:
+        """Return the loss scale that a scaler would come to once the step is finite; 1 if it never is.
 
         Until then the scale has not been tried out, and gradients may overflow that will not in training. Islands are
-        what fails in the forward, then the modules around that, last all.
+        what fails in the forward and what overflows in the backward, unscaled; if that is not all, those that the
+        search finds; last all modules.
         """
         known = callable_modules(self.subject.model)
-        islands = {r.spot.module for r, j in judged if j.failure is not None and r.phase == "forward"} & known.keys()
-        while True:
-            effect = self.effect(merged(islands or known))
-            if effect.finite or not islands:
-                return effect.scale if effect.finite else scale
-            islands = {around for name in islands if (around := around_of(name, known))}
+        failing = {r.spot.module for r, j in judged if j.failure is not None and _whatever_the_scale(r)} & known.keys()
+        islands: frozenset[str] | None = merged(failing)
+        if not self.effect(islands or ()).finite:
+            islands = self._search(judged, merged(failing), everything)[0]
+        effect = self.effect(merged(known) if islands is None else islands)
+        return min(effect.scale, LARGEST_SCALE) if effect.finite else 1.0
 
     # The search
 
@@ -244,6 +284,8 @@ class Lowering:
             return None, found, "not even with all of its modules in fp32 is the step within the tolerance"
         islands = merged(fixed | found.islands)
         by_itself = f"{len(fixed)} fail by themselves" if fixed else "none fails by itself"
+        if self._raising:
+            by_itself = f"{', '.join(self._raising)} raises in {self.name}; {by_itself}"
         return islands, found, f"{by_itself}; {found.reason}"
 
     def _hollowed(
@@ -272,7 +314,9 @@ class Lowering:
         """Return the policy with islands, and with modules inside of them in the lower format again."""
         names = [plain_name(name) for name, _ in self.subject.model.named_modules()]
         low = NAMES[self.name][2]
-        chosen = with_ties(self.subject.model, islands) if self.base.endswith("-true") else islands
+        chosen = merged({*islands, *self._raising})
+        if self.base.endswith("-true"):
+            chosen = with_ties(self.subject.model, chosen)
         rules = [f"{pattern}=32" for pattern in shortest_patterns(frozenset(chosen), names)]
         rules += [f"{pattern}={low}" for pattern in shortest_patterns(frozenset(again), names)]
         return Policy.parse("; ".join([self.base, *rules]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from floatline.observe.error import ErrorMeter, Reading
@@ -65,7 +66,10 @@ def borders_watched(model: nn.Module, meter: ErrorMeter) -> Iterator[Borders]:
 
 
 class _Border:
-    """The hook of one module: notes its inputs, and asks for their gradients."""
+    """The hook of one module: notes its inputs, and asks for their gradients.
+
+    Inside of torch.func a tensor is a wrapper without a storage, so nobody knows its exact value: none is asked for.
+    """
 
     def __init__(self, name: str, seen: Borders, meter: ErrorMeter) -> None:
         self._name = name
@@ -77,7 +81,7 @@ class _Border:
             if tensor.is_floating_point():
                 if tensor.dtype in HALVES:
                     self._seen.half_inputs.add(self._name)
-                if tensor.requires_grad and torch.is_grad_enabled():
+                if tensor.requires_grad and torch.is_grad_enabled() and not is_functorch_wrapped_tensor(tensor):
                     tensor.register_hook(self._gradient)
 
     def _gradient(self, gradient: torch.Tensor) -> None:

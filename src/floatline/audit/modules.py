@@ -9,7 +9,7 @@ candidates, too, that only call others.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -72,12 +72,14 @@ def with_ties(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
     return merged(chosen - {""})
 
 
-def around_of(name: str, known: Container[str]) -> str:
-    """Return the nearest module around one that a rule can name, "" where there is none."""
-    around = name.rpartition(".")[0]
-    while around and around not in known:
-        around = around.rpartition(".")[0]
-    return around
+def module_of_error(error: BaseException, known: Mapping[str, nn.Module]) -> str | None:
+    """Return the innermost module whose forward an exception came through; None where no rule can name one."""
+    names = {id(module): name for name, module in known.items()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
 
 
 def callable_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,17 +164,22 @@ class Subject:
             scale: Loss scale; None takes 2^16 for policies that scale, halved until no gradient overflows.
             around: Makes a context that the step runs in.
         """
+        try:
+            return self.tried(policy, exact, batch, what=what, scale=scale, around=around)
+        except RuntimeError as error:
+            if not policy.rules or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._does_not_run(policy, error)
+
+    def tried(self, policy: Policy, exact: Exact, batch: int = 0, *, what: str = "joint", scale: float | None = None,
+              around: Callable[[], Any] = nullcontext) -> Effect:  # fmt: skip
+        """Return the effect likewise, and raise what the model raises."""
         if scale is None:
             scale = SCALE if policy.base.loss_scaling else 1.0
         while True:
             self.passes.add(what)
-            try:
-                with self._started(policy) as applied, around():
-                    value, gradients = self._step(applied, batch, scale, None)
-            except RuntimeError as error:
-                if not policy.rules or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                return self._does_not_run(policy, error)
+            with self._started(policy) as applied, around():
+                value, gradients = self._step(applied, batch, scale, None)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
             routine = policy.base.loss_scaling and scale > 1 and bool(torch.isfinite(value).all())
             if effect.finite or not routine:
@@ -212,12 +217,12 @@ class Subject:
             self._step(applied, batch, scale, meter)
             with _disable_current_modes():  # looking is no part of the step
                 errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
-                buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
-                           for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
+                written = {name: (t.detach().clone(), meter.shadows.of(t).clone()) for name, t in _tensors(self.model)
+                           if t.is_floating_point() and not t.requires_grad}  # fmt: skip
         return Metered(
             readings=tuple(meter.readings),
             gradient_errors=errors,
-            stalled_buffers=stalled_buffers(self._weights, buffers),
+            stalled_buffers=stalled_buffers(self._weights, written),
             unmeasured=dict(meter.unmeasured),
             borders=borders,
         )
@@ -225,7 +230,7 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused():
+        with self._started(Policy.parse("32-true"), seed), self._graph(), self._original_refused():
             try:
                 value = self._value(self.model, _fresh(self.batches[batch]))
             except FloatlineError:
@@ -272,13 +277,15 @@ class Subject:
             torch.manual_seed(self.seed if seed is None else seed)
             before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
             applied = apply_precision(self.model, policy)
+            # cast back, a tensor may lie where it lay: its address does not tell
+            cast = {name for name, tensor in _tensors(self.model) if tensor.dtype != self._weights[name].dtype}
             try:
                 yield applied
             finally:
                 applied.undo()
                 with torch.no_grad():
                     for name, tensor in _tensors(self.model):
-                        if before[name] != (tensor._version, tensor.data_ptr()):  # written, or cast and cast back
+                        if name in cast or before[name] != (tensor._version, tensor.data_ptr()):  # or written
                             tensor.copy_(self._weights[name])
                 for parameter in self.model.parameters():
                     parameter.grad = None
@@ -291,7 +298,7 @@ class Subject:
                 if tensor.is_floating_point():
                     meter.shadows.set(tensor, self._weights[name].double())
             meter.enter("forward")
-        with torch.enable_grad() if self.backward else torch.no_grad():
+        with self._graph():
             with applied.autocast():
                 value = self._value(self.model, _fresh(self.batches[batch]))
             if self.backward:
@@ -299,6 +306,10 @@ class Subject:
         with _disable_current_modes():  # looking is no part of the step
             gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
         return value, gradients
+
+    def _graph(self) -> AbstractContextManager[Any]:
+        """Context of a forward: with gradients, for a force field or a gradient penalty takes some on its way."""
+        return torch.enable_grad() if self.backward else torch.no_grad()
 
     def _backward(self, value: torch.Tensor, scale: float, meter: ErrorMeter | None) -> None:
         if not value.requires_grad:

@@ -72,7 +72,7 @@ def _before_and_after(before: Effect, after: Effect, allowed: Tolerance) -> str:
 
 def advice_of(low: Lowered, updates: UpdateReport | None) -> tuple[str, ...]:
     """Return what no policy can do: code outside of modules, the optimizer."""
-    found = []
+    found = [f"{module} raises in {low.name}: {said}; it is kept in fp32" for module, said in low.raising.items()]
     for reading, judged in low.judged:
         if judged.failure is not None and reading.spot.module not in (low.islands or ()) and reading.spot.module == "":
             place = reading.spot.user

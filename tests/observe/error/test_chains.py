@@ -13,7 +13,7 @@ def lost(rate, turns, keep=1.0):
     for _ in range(turns):
         before = keep * exact
         low, exact = keep * low + rate, keep * exact + rate
-        said = chains.follow("line", low, exact, [before])
+        said = chains.follow("line", low, exact, [(before, before)])
     return said or 0.0
 
 
@@ -31,7 +31,8 @@ def test_a_value_that_moves_slowly_and_is_rounded_well_is_not_lost():
     chains = Chains()
     for turn in range(400):
         exact = torch.full((3,), 1 + turn / 4000, dtype=torch.float64)
-        said = chains.follow("line", exact.bfloat16(), exact, [exact - 1 / 4000])
+        before = exact - 1 / 4000
+        said = chains.follow("line", exact.bfloat16(), exact, [(before.bfloat16(), before)])
         assert (said or 0.0) < 0.005
 
 
@@ -40,7 +41,17 @@ def test_results_that_do_not_go_into_the_next_call_are_no_sum():
     for turn in range(50):
         exact = torch.full((3,), 1.0 + turn / 50, dtype=torch.float64)
         low = torch.ones(3, dtype=torch.bfloat16)
-        assert chains.follow("line", low, exact, [exact + 7]) is None
+        assert chains.follow("line", low, exact, [(low + 7, exact + 7)]) is None
+
+
+def test_what_never_arrives_at_a_sum_is_not_lost_in_it():
+    """A router that chose other experts: their share is zero in the format, and something exactly."""
+    chains, low, exact = Chains(), torch.ones(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.float64)
+    for _ in range(30):
+        before, exact = exact, exact + 0.01
+        assert not chains.follow(
+            "line", low, exact, [(low, before), (torch.zeros_like(low), torch.full_like(exact, 0.01))]
+        )
 
 
 def test_the_meter_sees_a_loop_of_in_place_additions():

@@ -10,6 +10,8 @@ not gone, and it counts beside the value itself:
 A value that moves by less than an ulp a call and is rounded well keeps its bits as often, but is never further off than
 an ulp: a loss above a few per cent takes many calls.
 
+Where the low addend is zero and the exact one is not, nothing is lost here but before: such calls do not count.
+
 A call goes on with a sum if one of its operands is the result of the call before, or nearly (`0.99 * mean + ...` is, by
 1 %). Otherwise a new sum begins.
 
@@ -18,7 +20,7 @@ Not covered: loops whose turns are different modules or lines; loops in fp32, wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +56,11 @@ class Chains:
         self._chains: dict[Hashable, _Chain] = {}
 
     def follow(
-        self, line: Hashable, low: torch.Tensor, exact: torch.Tensor, operands: Iterable[torch.Tensor]
+        self,
+        line: Hashable,
+        low: torch.Tensor,
+        exact: torch.Tensor,
+        operands: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> float | None:
         """Note one more result of a line.
 
@@ -62,18 +68,20 @@ class Chains:
             line: Which.
             low: The result in its format.
             exact: fp64, of its shape.
-            operands: fp64, what was added; those of another shape do not count.
+            operands: What was added, each as it was given and exactly; no sum goes on in those of another shape.
 
         Returns:
             The loss up to now, relative to the exact value; None while there is no loop.
         """
         now = _few(exact), _few(low).double()
         chain = self._chains.get(line)
-        if chain is None or not _goes_on(chain, exact, operands):
+        going = None if chain is None else _goes_on(chain, exact, operands)
+        if chain is None or going is None:
             none = torch.zeros_like(now[0], dtype=torch.int32)
             self._chains[line] = _Chain(now, now, none, none, now[0], none.bool())
             return None
-        same = now[1] == chain.last[1]
+        added = [given for place, (given, _) in enumerate(operands) if place != going]
+        same = (now[1] == chain.last[1]) & _nonzero(added, low)
         chain.since = torch.where(same, chain.since, now[0])
         chain.stood |= (now[0] - chain.since).abs() > spacing(now[1], format_of(low.dtype).mantissa_bits)
         moving = now[0] != chain.last[0]
@@ -87,11 +95,25 @@ class Chains:
         return float(off.norm()) / size if size and bool(stuck.any()) else None
 
 
-def _goes_on(chain: _Chain, exact: torch.Tensor, operands: Iterable[torch.Tensor]) -> bool:
+def _goes_on(chain: _Chain, exact: torch.Tensor, operands: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
+    """Return the place of the operand that a sum goes on in; None where a new one begins."""
     last = chain.last[0]
     near = NEAR * float(last.norm())
-    same = (_few(t) for t in operands if t.shape == exact.shape)
-    return any(t.shape == last.shape and float((t - last).norm()) <= near for t in same)
+    for place, (_, operand) in enumerate(operands):
+        if operand.shape != exact.shape:
+            continue
+        few = _few(operand)
+        if few.shape == last.shape and float((few - last).norm()) <= near:
+            return place
+    return None
+
+
+def _nonzero(added: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Return where something is added; a scalar of the program's is no tensor, and is something."""
+    some = torch.full_like(like, not added, dtype=torch.bool)
+    for tensor in added:
+        some |= tensor != 0
+    return _few(some)
 
 
 def _few(tensor: torch.Tensor) -> torch.Tensor:

@@ -187,7 +187,7 @@ class ErrorMeter(TorchDispatchMode):
             flops=flops,
         )
         if call.name in ADDING and results[0].dtype in HALVES:
-            operands = [call.exact[id(tensor)] for tensor in floats]
+            operands = [(tensor.detach(), call.exact[id(tensor)]) for tensor in floats]
             lost = self._chains.follow(reading.key, results[0], exact[0], operands)
             reading = replace(reading, stalled=lost)
         self._add(reading)
