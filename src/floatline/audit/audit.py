@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.audit.candidate import Lowered, Lowering, check_candidates, check_mode
+from floatline.audit.candidate import Lowered, Lowering, check_candidates, check_mode, check_seed
 from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe
 from floatline.audit.progress import Progress, ToldPasses
+from floatline.audit.random_numbers import randomness
 from floatline.audit.report import AuditReport, Candidate
 from floatline.audit.rows import module_rows, rows_of
 from floatline.audit.subject import Loss, Subject
@@ -99,7 +100,7 @@ def audit(
     """
     started = time.perf_counter()
     _check(model, candidates, mode, repeats, probes)
-    _check_others(optimizer, most_trials, seed)
+    _check_others(loss, optimizer, most_trials, seed)
     candidates = tuple(dict.fromkeys(candidates))
     model = getattr(model, "_orig_mod", model)  # of torch.compile: it runs eager here
     allowed = Tolerance.of(tolerance)
@@ -158,37 +159,38 @@ def _check(model: Any, candidates: Any, mode: str, repeats: int, probes: int | N
         )
     check_candidates(candidates)
     check_mode(mode)
-    for key, value in {"repeats": repeats, "probes": probes}.items():
-        if value is not None and (not isinstance(value, int) or value < 0):
+    for key, value in {"repeats": repeats, "probes": 0 if probes is None else probes}.items():
+        if type(value) is not int or value < 0:
             raise ConfigError(f"{key}={value!r}", hint="give a number of runs, 0 or more")
 
 
-def _check_others(optimizer: Any, most_trials: Any, seed: Any) -> None:
+def _check_others(loss: Any, optimizer: Any, most_trials: Any, seed: Any) -> None:
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss={loss!r}", hint="pass a function (model, batch) -> tensor, or None")
     if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"optimizer={optimizer!r}", hint="give an optimizer or a factory: lambda p: torch.optim.AdamW(p, lr=1e-5)"
         )
-    if most_trials is not None and (not isinstance(most_trials, int) or most_trials < 2):
+    if most_trials is not None and (type(most_trials) is not int or most_trials < 2):
         raise ConfigError(f"most_trials={most_trials!r}", hint="give 2 or more, or None")
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed={seed!r}", hint="give a whole number")
+    check_seed(seed)
 
 
 def _look_for_randomness(subject: Subject) -> None:
     """Note it where the model draws random numbers in evaluation mode, or gives other results from run to run."""
-    first, again, other = subject.plain(subject.seed), subject.plain(subject.seed), subject.plain(subject.seed + 1)
-    if not bool(torch.isfinite(first).all()):
-        raise ModelError(
-            "the step is not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
-        )
-    if not torch.equal(first, again):
-        off = float((first.double() - again.double()).abs().max())
-        subject.notes.append(f"two runs with the same seed differ by up to {off:.2g}: that is in every error below")
-    elif not torch.equal(first, other):
-        subject.notes.append(
-            "the model draws random numbers in evaluation mode (dropout that is always on?); "
-            f"every run uses seed {subject.seed}"
-        )
+
+    def run(seed: int) -> dict[str, torch.Tensor]:
+        value = subject.plain(seed)
+        if not value.numel():
+            raise ModelError("the step gives no value: its output is empty", hint="give a batch with samples in it")
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                "the step is not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+            )
+        return {"": value}
+
+    note = randomness(run, subject.seed, "the model", " in evaluation mode (dropout that is always on?)")
+    subject.notes += [note] if note else []
 
 
 def _fp32(exact: Exact) -> Effect:

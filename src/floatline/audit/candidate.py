@@ -26,7 +26,7 @@ from floatline.audit.search import Found, search
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Outcome, Trial, inside, merged
-from floatline.errors import ConfigError, ModelError, PrecisionError, did_you_mean
+from floatline.errors import ConfigError, PrecisionError, did_you_mean
 from floatline.observe.error import Reading
 from floatline.observe.finite import plain_name
 from floatline.precision import Policy
@@ -34,6 +34,7 @@ from floatline.precision import Policy
 NAMES = {"bf16": ("bf16-mixed", "bf16-true", "bf16"), "fp16": ("16-mixed", "16-true", "16")}
 """Candidate -> its policies in mode mixed and true, and what it is called in a rule."""
 MODES = ("mixed", "true")
+MOST_SEED = 2**62
 
 
 def check_candidates(candidates: Any) -> None:
@@ -42,10 +43,10 @@ def check_candidates(candidates: Any) -> None:
     Raises:
         ConfigError: A text, nothing, or an unknown name.
     """
-    if isinstance(candidates, str) or not candidates:
+    if not isinstance(candidates, (tuple, list)) or not candidates:
         raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
     for name in candidates:
-        if name not in NAMES:
+        if name not in tuple(NAMES):
             raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
 
 
@@ -57,6 +58,16 @@ def check_mode(mode: Any) -> None:
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what torch takes no seed of.
+
+    Raises:
+        ConfigError: That.
+    """
+    if type(seed) is not int or not 0 <= seed < MOST_SEED:
+        raise ConfigError(f"seed={seed!r}", hint="give a whole number, 0 or more and below 2^62")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +152,7 @@ class Lowering:
 
     def run(self) -> Lowered:
         """Do it."""
-        everything = self._everything()
+        everything = self.effect(())
         self._scale = everything.scale if everything.finite else None
         metered, judged = self._read(everything.scale)
         if not everything.finite and (scale := self._scale_with_islands(judged, everything.scale)) != everything.scale:
@@ -181,17 +192,6 @@ class Lowering:
             costs=costs,
             reason=reason,
         )
-
-    def _everything(self) -> Effect:
-        try:
-            return self.effect(())
-        except RuntimeError as error:
-            if not any(word in str(error) for word in ("dtype", "scalar type")):
-                raise
-            raise ModelError(
-                f"{type(self.subject.model).__name__} does not run under {self.base}: {error}",
-                hint="its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to a weight's dtype",
-            ) from error
 
     def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
         metered = self.subject.read(Policy.parse(self.base), scale)

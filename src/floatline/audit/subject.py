@@ -1,7 +1,8 @@
 """What is audited: a copy of the model, its batches and its loss, run under one policy after another.
 
 The copy is in evaluation mode, so that dropout does not hide rounding; normalisation and recurrent layers keep the
-mode they had. Every run starts from the same weights, buffers and random numbers. The user's model is never touched.
+mode they had. Every run starts from the same weights, buffers, attributes and random numbers. The user's model is never
+touched.
 
 Where no loss is given and the model returns none, its first floating output is audited instead; the backward then
 starts from a fixed random direction.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,19 +25,20 @@ from floatline.audit.buffers import stalled_buffers
 from floatline.audit.exact import Exact, relative
 from floatline.audit.fp16_products import FP16Products
 from floatline.audit.metered import Metered, borders_watched
+from floatline.audit.model_state import ModelState, tensors_held
+from floatline.audit.random_numbers import seeded
 from floatline.audit.tolerance import Effect
+from floatline.audit.user_code import UserCodeError, user_code
 from floatline.audit.value import kind, output_of
-from floatline.errors import FloatlineError, ModelError
+from floatline.errors import ModelError
 from floatline.hardware import Hardware
 from floatline.observe.error import ErrorMeter, metering
 from floatline.observe.error.measures import sampled
 from floatline.observe.finite import plain_name
-from floatline.observe.finite.places import place_of_error
 from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
 from floatline.precision.apply import AppliedPrecision, apply_precision
 from floatline.step.batch import call_model, move
-from floatline.step.random_state import python_random_kept
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 SCALE = 2.0**16
@@ -89,7 +91,7 @@ class Subject:
         self.device = next(self.model.parameters()).device
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        self._weights = {name: t.detach().clone() for name, t in _tensors(self.model)}
+        self._state = ModelState(self.model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
         floats = [p for p in model.parameters() if p.is_floating_point()]
@@ -107,7 +109,7 @@ class Subject:
                 f"{type(model).__name__} is on the meta device", hint="give it weights: precision is theirs"
             )
         try:
-            made = copy.deepcopy(model)
+            made = copy.deepcopy(model, _without_graphs(model))
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be copied: {error}", hint="audit a freshly built model"
@@ -171,8 +173,8 @@ class Subject:
             try:
                 with self._started(policy) as applied, around():
                     value, gradients = self._step(applied, batch, scale, None)
-            except RuntimeError as error:
-                if not policy.rules or isinstance(error, torch.OutOfMemoryError):
+            except UserCodeError as error:
+                if not policy.rules:
                     raise
                 return self._does_not_run(policy, error)
             effect = exact.effect(value.detach().double(), gradients, str(policy), scale)
@@ -181,9 +183,9 @@ class Subject:
                 return effect
             scale /= 16.0 if scale > 16 else scale
 
-    def _does_not_run(self, policy: Policy, error: RuntimeError) -> Effect:
+    def _does_not_run(self, policy: Policy, error: UserCodeError) -> Effect:
         """Return the effect of islands between which tensors meet in two formats: as wrong as can be."""
-        said = f"some islands do not run, and were not taken: {str(error).splitlines()[0]}"
+        said = f"some islands do not run, and were not taken: {error.message.splitlines()[0]}"
         if said not in self.notes:
             self.notes.append(said)
         return Effect(policy=str(policy), loss_error=float("inf"))
@@ -213,11 +215,11 @@ class Subject:
             with _disable_current_modes():  # looking is no part of the step
                 errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
                 buffers = {name: (b.detach().clone(), meter.shadows.of(b).clone())
-                           for name, b in self.model.named_buffers() if b.is_floating_point()}  # fmt: skip
+                           for name, b in self.model.named_buffers() if _has_shadow(b)}  # fmt: skip
         return Metered(
             readings=tuple(meter.readings),
             gradient_errors=errors,
-            stalled_buffers=stalled_buffers(self._weights, buffers),
+            stalled_buffers=stalled_buffers(self._state.values, buffers),
             unmeasured=dict(meter.unmeasured),
             borders=borders,
         )
@@ -225,18 +227,8 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused():
-            try:
-                value = self._value(self.model, _fresh(self.batches[batch]))
-            except FloatlineError:
-                raise
-            except Exception as error:
-                place = place_of_error(error)
-                raise ModelError(
-                    f"the model or its loss raises in fp32: {type(error).__name__}: {error}"
-                    + (f" ({place.file}:{place.line})" if place is not None else ""),
-                    hint="run loss(model, batch) by itself first: batch and model must fit together",
-                ) from error
+        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused(), _told():
+            value = self._value(self.model, _fresh(self.batches[batch]))
             return value.detach().clone()
 
     @contextmanager
@@ -259,8 +251,7 @@ class Subject:
         """Context in which the policy is on; weights, buffers, gradients and random numbers are as at the start."""
         devices = [d for d in {p.device for p in self.model.parameters()} if d.type == "cuda"]
         with ExitStack() as stack:
-            stack.enter_context(python_random_kept())
-            stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
+            stack.enter_context(seeded(self.seed if seed is None else seed, devices))
             if self.hardware.kind == "cuda" and not devices:
                 stack.enter_context(cuda_autocast())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -269,29 +260,20 @@ class Subject:
             if "fp16" in policy.formats and not devices:
                 stack.enter_context(FP16Products())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the caller's, if he has one
-            torch.manual_seed(self.seed if seed is None else seed)
-            before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
+            stack.enter_context(self._state.kept())
             applied = apply_precision(self.model, policy)
-            try:
-                yield applied
-            finally:
-                applied.undo()
-                with torch.no_grad():
-                    for name, tensor in _tensors(self.model):
-                        if before[name] != (tensor._version, tensor.data_ptr()):  # written, or cast and cast back
-                            tensor.copy_(self._weights[name])
-                for parameter in self.model.parameters():
-                    parameter.grad = None
+            stack.callback(applied.undo)
+            yield applied
 
     def _step(
         self, applied: AppliedPrecision, batch: int, scale: float, meter: ErrorMeter | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if meter is not None:
-            for name, tensor in _tensors(self.model):
-                if tensor.is_floating_point():
-                    meter.shadows.set(tensor, self._weights[name].double())
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+                if _has_shadow(tensor):
+                    meter.shadows.set(tensor, self._state.values[name].double())
             meter.enter("forward")
-        with torch.enable_grad() if self.backward else torch.no_grad():
+        with torch.enable_grad() if self.backward else torch.no_grad(), _told(applied.policy):
             with applied.autocast():
                 value = self._value(self.model, _fresh(self.batches[batch]))
             if self.backward:
@@ -333,6 +315,15 @@ class Subject:
                 yield plain_name(name), parameter
 
 
+def _told(policy: Policy | None = None) -> AbstractContextManager[None]:
+    """Return the context of a step under a policy; None is fp32."""
+    if policy is None or policy.name == "32-true":
+        hint = "run loss(model, batch) and its backward by themselves first: batch and model must fit together"
+        return user_code("the model or its loss", "in fp32", hint)
+    hint = "cast where it takes one dtype only (x.float()), audit the other mode, or leave this candidate out"
+    return user_code("the model or its loss", f"under {policy.name}", hint)
+
+
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     """Run recurrent layers by torch's own kernels.
@@ -363,6 +354,11 @@ def _fresh(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _has_shadow(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided
+
+
+def _without_graphs(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Return stand-ins for what an earlier forward has left in attributes with its graph, which cannot be copied."""
+    held = [tensor for module in model.modules() for tensor in tensors_held(module)]
+    return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
