@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,72 @@ def test_a_recurrent_layer_has_an_exact_step() -> None:
     assert report.candidates["bf16"].all_lowered.gradient_error > 1e-4
 
 
+class Forces(Answers):
+    """Derives in its forward, as a force field or a gradient penalty does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        energy = self.linear(x.requires_grad_()).tanh().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().mean()
+
+
+class Selects(Answers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        scores = self.linear(x)
+        return scores[scores > 1e-3]
+
+
+def test_a_model_that_derives_in_its_forward() -> None:
+    assert audited(Forces(), torch.randn(8, 16)).policy == "bf16-mixed"
+
+
+def test_an_output_of_another_shape_is_as_wrong_as_can_be() -> None:
+    torch.manual_seed(0)
+    report = audited(Selects(), torch.randn(512, 16))
+    assert report.candidates["bf16"].all_lowered.loss_error == math.inf
+    assert report.policy != "bf16-mixed"
+
+
+def test_weights_of_the_loss_get_no_gradient() -> None:
+    head = nn.Linear(4, 1)
+    head.weight.grad = torch.ones(1, 4)
+    assert audited(nn.Linear(16, 4), torch.randn(8, 16), lambda model, x: head(model(x)).mean()).policy == "bf16-mixed"
+    assert torch.equal(head.weight.grad, torch.ones(1, 4)) and head.bias.grad is None
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        (lambda y: y.to_sparse(), "sparse tensor of float32"),
+        (lambda y: torch.nested.as_nested_tensor([y, y[:2]]), "nested tensor of float32"),
+        (lambda y: {"loss": y.argmax()}, "tensor of int64"),
+        (lambda y: torch.fft.fft(y), "tensor of complex64"),
+    ],
+)
+def test_outputs_that_have_no_error(output: Callable[[torch.Tensor], Any], kind: str) -> None:
+    class Gives(Answers):
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+            return output(self.linear(x))
+
+    with pytest.raises(ModelError, match=f"returned no floating tensor.*{kind}"):
+        audited(Gives(), torch.randn(8, 16))
+
+
+def test_an_empty_batch_is_no_proof() -> None:
+    with pytest.raises(ModelError, match="its output is empty\nhint: give a batch with samples"):
+        audited(nn.Linear(16, 4), torch.randn(0, 16))
+
+
+def test_a_batch_without_values() -> None:
+    with pytest.raises(ModelError, match="the batch is on the meta device\nhint: give it values"):
+        audited(nn.Linear(16, 4), torch.randn(8, 16, device="meta"))
+
+
+def test_torchscript_is_refused() -> None:
+    script = torch.jit.script(nn.Linear(16, 4))
+    with pytest.raises(ModelError, match=r"holds TorchScript.*\nhint: audit the Python module"):
+        audited(nn.Sequential(script), torch.randn(8, 16))
+
+
 def test_models_without_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="lazy parameters without a shape\nhint: run it on a batch once"):
         audited(nn.LazyLinear(4), torch.randn(8, 16))
@@ -106,7 +173,21 @@ def test_a_loss_that_runs_another_model_is_refused_before_it_leaves_gradients() 
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"most_trials": 1}, {"seed": "a"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw"},
+        {"most_trials": 1},
+        {"most_trials": True},
+        {"seed": "a"},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": True},
+        {"repeats": None},
+        {"candidates": 5},
+        {"candidates": {"bf16"}},
+    ],
+)
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     name, value = next(iter(settings.items()))
     with pytest.raises(ConfigError, match=f"{name}={value!r}"):

@@ -1,5 +1,7 @@
 """What a user's model, loss or optimizer raises is one error, with its line and what to do."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import nn
 import floatline as fl
 from floatline.audit.user_code import user_code
 from floatline.errors import ConfigError, ModelError
+from floatline.report.audit_page import audit_html
+from floatline.report.audit_text import audit_text
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -73,6 +77,16 @@ def test_a_model_that_raises(middle, said):
         fl.audit(model, X, candidates=("bf16",), hardware="l4", repeats=0, probes=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model._forward_pre_hooks and "forward" not in vars(model)
+
+
+def test_a_format_in_which_the_model_raises_does_not_cost_the_others():
+    report = fl.audit(Net(in_numpy), X, candidates=("bf16", "fp16"), hardware="l4", repeats=0, probes=0)
+    assert report.policy == "16-mixed" and list(report.candidates) == ["bf16", "fp16"]
+    assert "bf16-mixed does not run: the model or its loss raises TypeError" in report.verdict
+    raised = report.candidates["bf16"]
+    assert raised.policy is None and not raised.trials and not raised.all_lowered.finite
+    assert "bf16-mixed does not run" in audit_text(report).replace("\n", " ")
+    assert "does not run" in audit_html(report) and json.loads(json.dumps(report.as_dict()))["policy"] == "16-mixed"
 
 
 def test_an_optimizer_that_raises():

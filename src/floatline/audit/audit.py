@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.audit.candidate import Lowered, Lowering, check_candidates, check_mode, check_seed
+from floatline.audit.candidate import NAMES, Lowered, Lowering, check_candidates, check_mode, check_seed
 from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
@@ -30,12 +30,13 @@ from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe
 from floatline.audit.progress import Progress, ToldPasses
 from floatline.audit.random_numbers import randomness
-from floatline.audit.report import AuditReport, Candidate
+from floatline.audit.report import AuditReport, Candidate, Noise
 from floatline.audit.rows import module_rows, rows_of
 from floatline.audit.subject import Loss, Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.update_report import UpdateReport
 from floatline.audit.updates import audit_updates
+from floatline.audit.user_code import UserCodeError
 from floatline.audit.verdict import advice_of, choose, verdict
 from floatline.errors import ConfigError, ModelError
 from floatline.hardware import Hardware, format_verdict, resolve
@@ -111,16 +112,11 @@ def audit(
     subject = Subject(model, batches, loss, target, backward, seed)
     subject.passes = ToldPasses(progress=progress)
     _look_for_randomness(subject)
-    exacts = [subject.exact(place)[0] for place in range(len(batches))]
-    if not math.isfinite(exacts[0].gradient_fp32):
-        raise ModelError(
-            "the gradients are not finite in fp32 already",
-            hint="find the first bad op with fl.diagnose(forward, model)",
-        )
+    exacts = _exacts(subject)
     fp32 = _fp32(exacts[0])
-    lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]
+    lowered, raised = _lowered(subject, exacts[0], candidates, mode, allowed, most_trials)
     updates = _updates(subject, model, candidates, mode, optimizer)
-    made: dict[str, Candidate] = {}
+    made = {name: _that_does_not_run(name, mode, error) for name, error in raised.items()}
     rows, modules = [], []
     for low in lowered:
         items = module_candidates(subject.model, low.judged, frozenset())
@@ -129,6 +125,7 @@ def audit(
         rows += rows_of(low)
         modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)
         made[low.name] = _candidate(subject, exacts, low, allowed, target, updates.get(low.name), repeats)
+    made = {name: made[name] for name in candidates}
     policy = choose(made)
     rows.sort(key=lambda row: (row.failure is None, -row.severity))
     eights, eight_policy = _fp8(subject, model) if fp8 else ((), "")
@@ -191,6 +188,52 @@ def _look_for_randomness(subject: Subject) -> None:
 
     note = randomness(run, subject.seed, "the model", " in evaluation mode (dropout that is always on?)")
     subject.notes += [note] if note else []
+
+
+def _exacts(subject: Subject) -> list[Exact]:
+    """Return the exact step of each batch."""
+    exacts = [subject.exact(place)[0] for place in range(len(subject.batches))]
+    if not math.isfinite(exacts[0].gradient_fp32):
+        raise ModelError(
+            "the gradients are not finite in fp32 already",
+            hint="find the first bad op with fl.diagnose(forward, model)",
+        )
+    return exacts
+
+
+def _lowered(
+    subject: Subject, exact: Exact, candidates: Sequence[str], mode: str, allowed: Tolerance, most_trials: int | None
+) -> tuple[list[Lowered], dict[str, UserCodeError]]:
+    """Audit each format; return what came of those that run, and what the others raise. One must run."""
+    lowered, raised = [], {}
+    for name in candidates:
+        try:
+            lowered.append(Lowering(subject, exact, name, mode, allowed, most_trials).run())
+        except UserCodeError as error:
+            raised[name] = error
+    if not lowered:
+        raise next(iter(raised.values()))
+    return lowered, raised
+
+
+def _that_does_not_run(name: str, mode: str, error: UserCodeError) -> Candidate:
+    """Return the candidate of a format in which the model raises."""
+    base = NAMES[name][mode == "true"]
+    return Candidate(
+        name=name,
+        base=base,
+        policy=None,
+        islands=(),
+        all_lowered=Effect(policy=base, loss_error=math.inf, gradient_error=math.inf, tensor_error=math.inf),
+        effect=None,
+        noise=Noise(ratios=(math.inf,), confidence=1.0),
+        noise_of_policy=None,
+        cost=0.0,
+        trials=(),
+        front=(),
+        reason=error.message,
+        advice=(f"{base}: {error.hint}",),
+    )
 
 
 def _fp32(exact: Exact) -> Effect:

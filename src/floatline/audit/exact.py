@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from floatline.audit.tolerance import Effect
-from floatline.observe.error.measures import ILL
+from floatline.observe.error.measures import ILL, relative_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Exact:
                 if not off_by <= worst:
                     worst, name = off_by, key
         gradient = (wrong / total) ** 0.5 if total else 0.0
-        clean = [x if x == x else float("inf") for x in (relative(value, self.value), gradient, worst)]
+        clean = [x if x == x else float("inf") for x in (relative_error(value, self.value), gradient, worst)]
         return Effect(
             policy=policy,
             loss_error=clean[0],
@@ -69,12 +69,3 @@ class Exact:
             tensor=name,
             scale=scale,
         )
-
-
-def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return ||value - exact|| / ||exact||; `inf` where the value is not finite."""
-    size = float(exact.double().square().sum().sqrt())
-    error = float((value.double() - exact.double()).square().sum().sqrt())
-    if error != error:
-        return float("inf")
-    return error / size if size else (float("inf") if error else 0.0)

@@ -19,26 +19,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.audit.buffers import stalled_buffers
-from floatline.audit.exact import Exact, relative
+from floatline.audit.exact import Exact
 from floatline.audit.fp16_products import FP16Products
+from floatline.audit.leaves import leaves_of
 from floatline.audit.metered import Metered, borders_watched
 from floatline.audit.model_state import ModelState, tensors_held
 from floatline.audit.random_numbers import seeded
 from floatline.audit.tolerance import Effect
 from floatline.audit.user_code import UserCodeError, user_code
-from floatline.audit.value import kind, output_of
+from floatline.audit.value import is_floating, kind, output_of
 from floatline.errors import ModelError
 from floatline.hardware import Hardware
 from floatline.observe.error import ErrorMeter, metering
-from floatline.observe.error.measures import sampled
+from floatline.observe.error.measures import relative_error, sampled
 from floatline.observe.finite import plain_name
 from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
 from floatline.precision.apply import AppliedPrecision, apply_precision
 from floatline.step.batch import call_model, move
+from floatline.step.undisturbed import gradients_aside
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 SCALE = 2.0**16
@@ -89,6 +91,8 @@ class Subject:
         self._original = model
         odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         self.device = next(self.model.parameters()).device
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(batches)):
+            raise ModelError("the batch is on the meta device", hint="give it values")
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._state = ModelState(self.model)
@@ -103,6 +107,11 @@ class Subject:
         if any(nn.parameter.is_lazy(p) for p in model.parameters()):
             raise ModelError(
                 f"{type(model).__name__} has lazy parameters without a shape", hint="run it on a batch once before"
+            )
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise ModelError(
+                f"{type(model).__name__} holds TorchScript, which no hook can look into",
+                hint="audit the Python module that it was made of",
             )
         if any(p.is_meta for p in model.parameters()):
             raise ModelError(
@@ -141,7 +150,7 @@ class Subject:
                 if parameter.grad is not None:
                     gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
                     weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
-                    fp32[name] = relative(sampled(parameter.grad), gradients[name])
+                    fp32[name] = relative_error(sampled(parameter.grad), gradients[name])
             total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
             wrong = sum(float(g.square().sum()) * weights[n] * fp32[n] ** 2 for n, g in gradients.items() if total)
             made = Exact(
@@ -150,7 +159,7 @@ class Subject:
                 gradients=gradients,
                 weights=weights,
                 fp32=fp32,
-                loss_fp32=relative(value.detach(), shadow),
+                loss_fp32=relative_error(value.detach(), shadow),
             )
         return made, meter
 
@@ -227,7 +236,7 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), torch.no_grad(), self._original_refused(), _told():
+        with self._started(Policy.parse("32-true"), seed), self._grad(), self._original_refused(), _told():
             value = self._value(self.model, _fresh(self.batches[batch]))
             return value.detach().clone()
 
@@ -273,7 +282,7 @@ class Subject:
                 if _has_shadow(tensor):
                     meter.shadows.set(tensor, self._state.values[name].double())
             meter.enter("forward")
-        with torch.enable_grad() if self.backward else torch.no_grad(), _told(applied.policy):
+        with self._grad(), _told(applied.policy):
             with applied.autocast():
                 value = self._value(self.model, _fresh(self.batches[batch]))
             if self.backward:
@@ -281,6 +290,10 @@ class Subject:
         with _disable_current_modes():  # looking is no part of the step
             gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
         return value, gradients
+
+    def _grad(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward;"""
+        return torch.enable_grad() if self.backward else torch.no_grad()
 
     def _backward(self, value: torch.Tensor, scale: float, meter: ErrorMeter | None) -> None:
         if not value.requires_grad:
@@ -292,7 +305,9 @@ class Subject:
         loss = total.float() * scale  # as GradScaler: the scale is fp32
         if meter is not None:
             meter.enter("backward")
-        loss.backward()
+        own = {id(parameter) for parameter in self.model.parameters()}
+        with gradients_aside(leaf for leaf in leaves_of(loss) if id(leaf) not in own):  # a loss's own weights
+            loss.backward()
 
     def _direction(self, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -302,7 +317,7 @@ class Subject:
     def _value(self, model: nn.Module, batch: Any) -> torch.Tensor:
         if self.loss is not None:
             value: Any = self.loss(model, batch)
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            if not is_floating(value):
                 raise ModelError(
                     f"the loss function returned a {kind(value)}", hint="return a floating tensor: a loss, or outputs"
                 )
