@@ -141,7 +141,9 @@ def _check(fn: Any, candidates: Any, mode: str, backward: Any, tolerance: Any) -
 def _refuse_not_finite(truth: Result, errors: Sequence[OutputError], function: str) -> None:
     for error in errors:
         value = truth.values[error.name]
-        if value.is_floating_point() and (bool(torch.isnan(value).any()) or math.isinf(error.largest)):
+        if not value.is_floating_point():
+            continue
+        if bool(torch.isnan(value).any()) or not bool(torch.isfinite(value).any()) or math.isinf(error.largest):
             raise ModelError(
                 f"{error.name} of {function} is not finite in fp32 already",
                 hint="find the first bad op with fl.diagnose(lambda: fn(*inputs))",

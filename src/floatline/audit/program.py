@@ -183,6 +183,7 @@ class Program:
         default = torch.get_default_dtype()
         with ExitStack() as stack:
             stack.enter_context(seeded(seed, [self.device]))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             on_cuda = self.device.type == "cuda"
             if self.hardware.kind == "cuda" and not on_cuda:
                 stack.enter_context(cuda_autocast())
@@ -258,6 +259,8 @@ def _flattened(inputs: Any) -> tuple[dict[str, Any], Any]:
     if not tensors:
         kinds = ", ".join(sorted({type(value).__name__ for value in named.values()})) or "nothing"
         raise ConfigError(f"inputs holds no tensor ({kinds})", hint="convert arrays first: torch.as_tensor(array)")
+    if any(tensor.is_meta for tensor in tensors):
+        raise ConfigError("inputs holds a tensor on the meta device", hint="give it values")
     if not any(map(_is_float, tensors)):
         kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
         raise ConfigError(

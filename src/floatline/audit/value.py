@@ -32,12 +32,12 @@ def output_of(output: Any, source: str) -> torch.Tensor:
 
 def is_floating(value: Any) -> TypeGuard[torch.Tensor]:
     """Say whether a value is a dense tensor of floats."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.layout == torch.strided
-        and not value.is_nested
-    )
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and is_dense(value)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor holds real values one by one: is not sparse, nested or complex."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_complex()
 
 
 def kind(value: Any) -> str:
