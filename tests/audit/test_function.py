@@ -479,7 +479,7 @@ def test_a_compiled_function_runs_eager():
         raise AssertionError("compiled")
 
     compiled = torch.compile(lambda x: x * 2, backend=refuse)
-    assert fl.audit_function(compiled, (normal(100),), hardware="cpu").safe == ("bf16", "fp16")
+    assert fl.audit_function(compiled, (normal(100),), hardware="l4").safe == ("bf16", "fp16")
 
 
 def test_infinities_that_are_meant_are_no_error():

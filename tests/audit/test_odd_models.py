@@ -152,6 +152,24 @@ def test_a_batch_without_values() -> None:
         audited(nn.Linear(16, 4), torch.randn(8, 16, device="meta"))
 
 
+class Cancels(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 1e4) - 1e4
+
+
+@pytest.mark.parametrize("name", ["größe", "a b", "x*", "a=32", "a;b", "c\nd", "32", "--"])
+def test_names_that_no_rule_can_hold_as_they_are(name: str) -> None:
+    layers = nn.ModuleDict({"first": nn.Linear(16, 16), name: Cancels(), "last": nn.Linear(16, 4)})
+    model = nn.Sequential(*layers.values())
+    model._modules = dict(layers._modules)
+    report = audited(model, torch.randn(8, 16), probes=None)
+    assert report.candidates["bf16"].islands == (name,)
+    step = fl.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=report.policy,
+                        loss=lambda model, batch: model(batch).square().mean())  # fmt: skip
+    step(torch.randn(8, 16))
+    assert list(report.fsdp_policy()) == [name, ""]
+
+
 def test_torchscript_is_refused() -> None:
     script = torch.jit.script(nn.Linear(16, 4))
     with pytest.raises(ModelError, match=r"holds TorchScript.*\nhint: audit the Python module"):
