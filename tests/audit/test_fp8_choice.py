@@ -59,6 +59,13 @@ def test_layers_that_were_not_measured_stay_high():
     assert fp8_policy((), model) == "fp8-mixed; blocks.*.*=bf16"
 
 
+def test_what_must_be_fp32_beside_fp8_stays_so():
+    model = Large()
+    policy = fp8_policy((), model, beside=Policy.parse("bf16-mixed; blocks.0.up=32"))
+    assert policy == "fp8-mixed; blocks.0.up=32; blocks.*.down=bf16; blocks.1.up=bf16"
+    assert apply_precision(model, Policy.parse(policy)).touched["blocks.0.up"] == "32"
+
+
 def test_scalings_without_a_policy_are_refused():
     for make in (lambda: fp8_policy((), nn.Linear(2, 2), "block"), lambda: filter_of((), "block")):
         with pytest.raises(ConfigError, match="no fp8 policy scales by 'block'\nhint: allowed: tensor, row"):

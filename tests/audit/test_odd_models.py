@@ -170,6 +170,27 @@ def test_names_that_no_rule_can_hold_as_they_are(name: str) -> None:
     assert list(report.fsdp_policy()) == [name, ""]
 
 
+def test_fp8_keeps_islands_and_leaves_nothing_behind() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.cancel, self.last = nn.Linear(16, 16), Cancels(), nn.Linear(16, 4)
+            self.seen: list[torch.Tensor] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(self.first(x))
+            return self.last(self.cancel(sum(self.seen)) * (1 + torch.rand(())))  # type: ignore[no-any-return]
+
+    head = nn.Linear(4, 1)
+    model, batch = Draws(), torch.randn(8, 16)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        report = audited(model, batch, lambda model, x: head(model(x)).mean(), fp8=True)
+    assert report.fp8_policy == "fp8-mixed; cancel=32" and len(report.fp8) == 2
+    assert not model.seen and head.weight.grad is None
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_torchscript_is_refused() -> None:
     script = torch.jit.script(nn.Linear(16, 4))
     with pytest.raises(ModelError, match=r"holds TorchScript.*\nhint: audit the Python module"):

@@ -128,7 +128,7 @@ def audit(
     made = {name: made[name] for name in candidates}
     policy = choose(made)
     rows.sort(key=lambda row: (row.failure is None, -row.severity))
-    eights, eight_policy = _fp8(subject, model) if fp8 else ((), "")
+    eights, eight_policy = _fp8(subject, made.get("bf16")) if fp8 else ((), "")
     return AuditReport(
         model=type(model).__name__,
         mode=mode,
@@ -314,8 +314,11 @@ def _updates(
     return {name: by_format[fmt] for name, fmt in formats.items()}
 
 
-def _fp8(subject: Subject, model: nn.Module) -> tuple[Any, str]:
+def _fp8(subject: Subject, bf16: Candidate | None) -> tuple[Any, str]:
+    """Say which layers could be fp8, and the policy for them; what must be fp32 under bf16's autocast stays fp32."""
     from floatline.audit.fp8 import fp8_policy, what_if
 
-    rows = what_if(subject.model, subject.loss_once)
-    return rows, fp8_policy(rows, subject.model)
+    with subject.fp32_step():
+        rows = what_if(subject.model, subject.loss_once)
+    beside = Policy.parse(bf16.policy) if bf16 is not None and bf16.policy and bf16.base == "bf16-mixed" else None
+    return rows, fp8_policy(rows, subject.model, beside=beside)

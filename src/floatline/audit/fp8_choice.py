@@ -15,24 +15,30 @@ from floatline.audit.patterns import shortest_patterns
 from floatline.errors import ConfigError
 from floatline.precision import Policy
 from floatline.precision.float8_layers import choose_linears
+from floatline.precision.rules import match_rules
 
 
-def fp8_policy(rows: Sequence[Fp8Row], model: nn.Module, scaling: str = "tensor") -> str:
+def fp8_policy(
+    rows: Sequence[Fp8Row], model: nn.Module, scaling: str = "tensor", *, beside: Policy | None = None
+) -> str:
     """Return the fp8 policy that keeps every layer in bf16 that fp8 would cost too much.
 
     Args:
         rows: From `what_if`.
         model: The model that was measured.
         scaling: "tensor" for `fp8-mixed`, "row" for `fp8-rowwise-mixed`.
+        beside: The bf16 policy that the rest of the model is safe with; its rules come first.
 
     Raises:
         ConfigError: No such scaling.
     """
     name = _policy_of(scaling)
-    chosen = choose_linears(model, Policy(name), {}).chosen
+    rules = beside.rules if beside is not None else ()
+    chosen = choose_linears(model, Policy(name), match_rules(model, Policy(name, rules))).chosen
     good = {row.name for row in rows if row.fits(scaling)}
     names = [module for module, _ in model.named_modules()]
-    return "; ".join([name, *(f"{pattern}=bf16" for pattern in shortest_patterns(set(chosen) - good, names))])
+    kept = shortest_patterns(set(chosen) - good, names)
+    return "; ".join([name, *map(str, rules), *(f"{pattern}=bf16" for pattern in kept)])
 
 
 def filter_of(rows: Iterable[Fp8Row], scaling: str = "tensor") -> Callable[[nn.Module, str], bool]:

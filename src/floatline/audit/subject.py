@@ -206,8 +206,14 @@ class Subject:
             self._step(applied, batch, 1.0, None)
             return {name: p.grad.detach().clone() for name, p in self.taking() if p.grad is not None}
 
+    @contextmanager
+    def fp32_step(self) -> Iterator[None]:
+        """Context of a step of somebody else's, who takes its loss from `loss_once`."""
+        with self._started(Policy.parse("32-true")), torch.enable_grad(), _told():
+            yield
+
     def loss_once(self, batch: int = 0) -> torch.Tensor:
-        """Return a scalar of one fp32 forward, for a backward of somebody else's."""
+        """Return a scalar of one fp32 forward; within `fp32_step`."""
         self.passes.add("fp8")
         value = self._value(self.model, _fresh(self.batches[batch]))
         return value.reshape(()) if value.numel() == 1 else (value.float() * self._direction(value)).sum()
