@@ -7,6 +7,7 @@ from torch import nn
 from floatline.audit.fp8 import KEEP, filter_of, fp8_policy, what_if
 from floatline.errors import ConfigError
 from floatline.precision import Policy, apply_precision
+from floatline.precision.rules import match_rules
 
 
 def seeded(*sizes, seed=0):
@@ -63,7 +64,7 @@ def test_what_must_be_fp32_beside_fp8_stays_so():
     model = Large()
     policy = fp8_policy((), model, beside=Policy.parse("bf16-mixed; blocks.0.up=32"))
     assert policy == "fp8-mixed; blocks.0.up=32; blocks.*.down=bf16; blocks.1.up=bf16"
-    assert apply_precision(model, Policy.parse(policy)).touched["blocks.0.up"] == "32"
+    assert match_rules(model, Policy.parse(policy))["blocks.0.up"] == "32"
 
 
 def test_scalings_without_a_policy_are_refused():
