@@ -10,7 +10,6 @@ starts from a fixed random direction.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +25,8 @@ from floatline.audit.exact import Exact
 from floatline.audit.fp16_products import FP16Products
 from floatline.audit.leaves import leaves_of
 from floatline.audit.metered import Metered, borders_watched
-from floatline.audit.model_state import ModelState, tensors_held
+from floatline.audit.model_copy import copied
+from floatline.audit.model_state import ModelState
 from floatline.audit.random_numbers import seeded
 from floatline.audit.tolerance import Effect
 from floatline.audit.user_code import UserCodeError, user_code
@@ -44,7 +44,6 @@ from floatline.step.undisturbed import gradients_aside
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 SCALE = 2.0**16
-_KEEP_MODE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
 
 
 @dataclass(kw_only=True)
@@ -82,12 +81,11 @@ class Subject:
         self, model: nn.Module, batches: list[Any], loss: Loss | None, hardware: Hardware, backward: bool, seed: int
     ) -> None:
         self.passes = Passes()
-        self.notes: list[str] = []
         self.hardware = hardware
         self.backward = backward
         self.loss = loss
         self.seed = seed
-        self.model = self._copied(model)
+        self.model, self.notes = copied(model)
         self._original = model
         odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         self.device = next(self.model.parameters()).device
@@ -96,46 +94,6 @@ class Subject:
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._state = ModelState(self.model)
-
-    def _copied(self, model: nn.Module) -> nn.Module:
-        floats = [p for p in model.parameters() if p.is_floating_point()]
-        if not floats:
-            raise ModelError(
-                f"{type(model).__name__} has no floating-point parameters: there is no precision to audit",
-                hint="audit_function(fn, inputs) audits plain functions of tensors",
-            )
-        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-            raise ModelError(
-                f"{type(model).__name__} has lazy parameters without a shape", hint="run it on a batch once before"
-            )
-        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise ModelError(
-                f"{type(model).__name__} holds TorchScript, which no hook can look into",
-                hint="audit the Python module that it was made of",
-            )
-        if any(p.is_meta for p in model.parameters()):
-            raise ModelError(
-                f"{type(model).__name__} is on the meta device", hint="give it weights: precision is theirs"
-            )
-        try:
-            made = copy.deepcopy(model, _without_graphs(model))
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{type(model).__name__} cannot be copied: {error}", hint="audit a freshly built model"
-            ) from error
-        halves = {str(p.dtype).removeprefix("torch.") for p in floats if p.element_size() < 4}
-        if halves:
-            self.notes.append(f"the weights are {', '.join(sorted(halves))}: what they lost before is not seen")
-        made.float()
-        for module in made.modules():
-            module.training = module.training and isinstance(module, _KEEP_MODE)
-            if isinstance(module, nn.RNNBase):
-                module.dropout = 0.0
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                module.sparse = False  # the same gradient, of which every element has a shadow
-        for parameter in made.parameters():
-            parameter.grad = None
-        return made
 
     # Runs
 
@@ -377,9 +335,3 @@ def _fresh(batch: Any) -> Any:
 
 def _has_shadow(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided
-
-
-def _without_graphs(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return stand-ins for what an earlier forward has left in attributes with its graph, which cannot be copied."""
-    held = [tensor for module in model.modules() for tensor in tensors_held(module)]
-    return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
