@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import floatline as fl
 from common import print_table, progress, report
-from floatline.audit.candidate import NAMES
+from floatline.audit.settings import NAMES
 from floatline.hardware import resolve
 from floatline.observe.target import cuda_autocast
 from floatline.precision.apply import apply_precision

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HEALTHY, COUNTING, OVERFLOWING = (f"{HERE / 'audit/audited_models.py'}:{name}"
-                                  for name in ("healthy", "counting", "overflowing"))  # fmt: skip
+HEALTHY, COUNTING, OVERFLOWING, NOISY, NO_FACTORY = (f"{HERE / 'audit/audited_models.py'}:{name}"
+    for name in ("healthy", "counting", "overflowing", "noisy", "no_factory"))  # fmt: skip
 QUICK = ("--hardware", "a100-40gb", "--repeats", "1", "--probes", "2")
 
 
@@ -50,10 +50,18 @@ def test_a_recipe(floatline, recipe_file) -> None:
     assert done.stdout.startswith("recipe on t4: 16-mixed is safe") and "samples from" in done.stdout
 
 
+def test_what_a_model_prints_is_no_part_of_the_answer(floatline) -> None:
+    done = floatline("audit", NOISY, "--hardware", "l4", "--candidate", "bf16", "--repeats", "0", "--json")
+    assert json.loads(done.stdout)["policy"] == "bf16-mixed" and "a line of the model's own" in done.stderr
+
+
 def test_mistakes(floatline, tmp_path) -> None:
     fails(floatline("audit", HEALTHY, "--candidate", "bf61"), "unknown candidate 'bf61'", "hint: did you mean")
     fails(floatline("audit", HEALTHY, "--probes", "many"), "--probes many is no number", "hint:")
     fails(floatline("audit", HEALTHY, "train.lr=1"), "train.lr=1 was given, but", "is no recipe")
+    fails(floatline("audit", HEALTHY, "--seed", "-1"), "seed=-1", "hint: give a whole number")
+    fails(floatline("audit", HEALTHY, "--out", "/dev/null"), "cannot write /dev/null: it is a device")
+    fails(floatline("audit", NO_FACTORY), "a factory of no_factory raises ZeroDivisionError", "hint: run it on its own")
     fails(floatline("audit", "nowhere"), "no model called 'nowhere'", "hint:")
     fails(floatline("audit", tmp_path / "none.yaml"), "does not exist")
     fails(floatline("audit", HEALTHY, "--batches", "2"), "--batches 2 is for recipes")

@@ -10,12 +10,13 @@ from floatline.errors import RunDirectoryError
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write a file that appears complete or not at all; missing directories are made.
+    """Write a file that appears complete or not at all; missing directories are made, and links are followed.
 
     Raises:
-        RunDirectoryError: It cannot be written.
+        RunDirectoryError: It cannot be written, or is there and no file: a device would be replaced.
     """
-    path = Path(path)
+    check_writable(path)
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,10 +35,16 @@ def check_writable(path: str | Path) -> None:
     """Say beforehand that a file cannot be written.
 
     Raises:
-        RunDirectoryError: It is a directory, or lies where nothing may be written.
+        RunDirectoryError: It is a directory, a device or a pipe, or lies where nothing may be written.
     """
     path = Path(path)
     near = next(parent for parent in (path.absolute().parent, *path.absolute().parents) if parent.exists())
-    if path.is_dir() or not near.is_dir() or not os.access(near, os.W_OK):
-        reason = "it is a directory" if path.is_dir() else f"{near} is not a directory that you may write to"
-        raise RunDirectoryError(f"cannot write {path}: {reason}", hint="give a path you may write to")
+    if path.is_dir():
+        reason = "it is a directory"
+    elif path.exists() and not path.is_file():
+        reason = "it is a device or a pipe, not a file"
+    elif not near.is_dir() or not os.access(near, os.W_OK):
+        reason = f"{near} is not a directory that you may write to"
+    else:
+        return
+    raise RunDirectoryError(f"cannot write {path}: {reason}", hint="give a path you may write to")

@@ -64,3 +64,17 @@ def overflowing():
 def own_optimizer():
     model, batch, loss = healthy()
     return fl.Workload(lambda: model, batch, loss, lambda parameters: torch.optim.SGD(parameters, lr=1e-12))
+
+
+class Noisy(Healthy):
+    def forward(self, x):
+        print("a line of the model's own")
+        return super().forward(x)
+
+
+def noisy():
+    return Noisy(), torch.ones(4, 8)
+
+
+def no_factory():
+    return fl.Workload(model=lambda: 1 / 0, batch=lambda: torch.ones(4, 8))

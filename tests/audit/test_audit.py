@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_tensor(batch):
 
 def test_a_model_that_does_not_take_the_batch():
     with pytest.raises(
-        ModelError, match=r"raises in fp32: RuntimeError: mat1 and mat2.*\nhint: run loss\(model, batch\)"
+        ModelError, match=r"raises RuntimeError in fp32.*mat1 and mat2.*\nhint: run loss\(model, batch\)"
     ):
         fl.audit(nn.Linear(16, 4), torch.ones(2, 3), **QUICK)
 

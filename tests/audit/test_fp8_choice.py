@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from floatline.audit.fp8 import KEEP, filter_of, fp8_policy, what_if
-from floatline.audit.fp8_choice import patterns_for
 from floatline.errors import ConfigError
 from floatline.precision import Policy, apply_precision
+from floatline.precision.rules import match_rules
 
 
 def seeded(*sizes, seed=0):
@@ -57,18 +57,17 @@ def test_the_policy_keeps_what_measured_badly_and_the_filter_converts_the_same_l
 
 def test_layers_that_were_not_measured_stay_high():
     model = Large()
-    assert fp8_policy((), model) == "fp8-mixed; blocks.*.up=bf16; blocks.*.down=bf16"
+    assert fp8_policy((), model) == "fp8-mixed; blocks.*.*=bf16"
+
+
+def test_what_must_be_fp32_beside_fp8_stays_so():
+    model = Large()
+    policy = fp8_policy((), model, beside=Policy.parse("bf16-mixed; blocks.0.up=32"))
+    assert policy == "fp8-mixed; blocks.0.up=32; blocks.*.down=bf16; blocks.1.up=bf16"
+    assert match_rules(model, Policy.parse(policy))["blocks.0.up"] == "32"
 
 
 def test_scalings_without_a_policy_are_refused():
     for make in (lambda: fp8_policy((), nn.Linear(2, 2), "block"), lambda: filter_of((), "block")):
         with pytest.raises(ConfigError, match="no fp8 policy scales by 'block'\nhint: allowed: tensor, row"):
             make()
-
-
-def test_patterns_match_what_is_meant_and_nothing_else():
-    among = [f"layers.{n}.{p}" for n in range(3) for p in ("q", "mlp2.0", "mlp2.1")] + ["head"]
-    assert patterns_for(set(), among) == []
-    assert patterns_for(set(among), among) == ["layers.*.q", "layers.*.mlp2.*", "head"]
-    assert patterns_for({"layers.1.q", "head"}, among) == ["layers.1.q", "head"]
-    assert patterns_for({"layers.0.mlp2.0"}, among) == ["layers.0.mlp2.0"]

@@ -464,8 +464,22 @@ def test_functions_that_cannot_be_audited():
         fl.audit_function(lambda x: (x * 1e30) * 1e30, (x,))
     with pytest.raises(ModelError, match=r"(?s)not finite in fp32 already.*fl\.diagnose"):
         fl.audit_function(lambda x: (x - x) / (x - x), (x,))
+    with pytest.raises(ModelError, match="not finite in fp32 already"):
+        fl.audit_function(lambda x: x / 0, (x,))
+    with pytest.raises(ModelError, match="returned no tensor with real values"):
+        fl.audit_function(lambda x: x.to_sparse(), (x,))
+    with pytest.raises(ConfigError, match="meta device\nhint: give it values"):
+        fl.audit_function(lambda x: x, (x.to("meta"),))
     with pytest.raises(ModelError, match="no gradient arrives"):
         fl.audit_function(lambda x: x > 0, (x,), backward=True)
+
+
+def test_a_compiled_function_runs_eager():
+    def refuse(graph, inputs):
+        raise AssertionError("compiled")
+
+    compiled = torch.compile(lambda x: x * 2, backend=refuse)
+    assert fl.audit_function(compiled, (normal(100),), hardware="l4").safe == ("bf16", "fp16")
 
 
 def test_infinities_that_are_meant_are_no_error():

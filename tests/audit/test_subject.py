@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from floatline.audit.subject import Subject
+from floatline.errors import ModelError
 from floatline.hardware import resolve
 from floatline.precision import Policy
 
@@ -93,6 +94,6 @@ def test_a_format_that_does_not_run_without_islands_is_an_error():
 
     subject = subject_of(Stubborn(), torch.ones(2, 4))
     exact, _ = subject.exact()
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(ModelError, match=r"raises RuntimeError under bf16-true at .*dtype"):
         subject.effect(Policy.parse("bf16-true"), exact)
     assert subject.effect(Policy.parse("bf16-true; linear=32"), exact).loss_error == math.inf

@@ -1,6 +1,7 @@
 """Progress of a plan: lines without a terminal, one bar with one."""
 
 import io
+import os
 
 from rich.console import Console
 
@@ -21,3 +22,12 @@ def test_a_bar_on_a_terminal_that_is_gone_afterwards() -> None:
         progress("checkpointing [x] on t4", 3)
     shown = file.getvalue()
     assert "checkpointing [x] on t4" in shown and "\x1b[2K" in shown
+
+
+def test_what_the_users_code_prints_goes_to_stderr_and_the_directory_comes_back(capsys, tmp_path) -> None:
+    before = os.getcwd()
+    with planning(Console(file=io.StringIO())):
+        print("from a forward")
+        os.chdir(tmp_path)
+    assert capsys.readouterr() == ("", "from a forward\n")
+    assert os.getcwd() == before

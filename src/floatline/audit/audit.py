@@ -22,19 +22,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.audit.candidate import Lowered, Lowering, check_candidates, check_mode
+from floatline.audit.candidate import Lowered, Lowering
 from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe
 from floatline.audit.progress import Progress, ToldPasses
-from floatline.audit.report import AuditReport, Candidate
+from floatline.audit.random_numbers import randomness
+from floatline.audit.report import AuditReport, Candidate, Noise
 from floatline.audit.rows import module_rows, rows_of
+from floatline.audit.settings import NAMES, check_candidates, check_mode, check_runs, check_seed, check_subject
 from floatline.audit.subject import Loss, Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.update_report import UpdateReport
 from floatline.audit.updates import audit_updates
+from floatline.audit.user_code import UserCodeError
 from floatline.audit.verdict import advice_of, choose, verdict
 from floatline.errors import ConfigError, ModelError
 from floatline.hardware import Hardware, format_verdict, resolve
@@ -98,8 +101,11 @@ def audit(
         'bf16-mixed'
     """
     started = time.perf_counter()
-    _check(model, candidates, mode, repeats, probes)
-    _check_others(optimizer, most_trials, seed)
+    check_subject(model, loss, optimizer)
+    check_candidates(candidates)
+    check_mode(mode)
+    check_runs(repeats, probes, most_trials)
+    check_seed(seed)
     candidates = tuple(dict.fromkeys(candidates))
     model = getattr(model, "_orig_mod", model)  # of torch.compile: it runs eager here
     allowed = Tolerance.of(tolerance)
@@ -110,16 +116,11 @@ def audit(
     subject = Subject(model, batches, loss, target, backward, seed)
     subject.passes = ToldPasses(progress=progress)
     _look_for_randomness(subject)
-    exacts = [subject.exact(place)[0] for place in range(len(batches))]
-    if not math.isfinite(exacts[0].gradient_fp32):
-        raise ModelError(
-            "the gradients are not finite in fp32 already",
-            hint="find the first bad op with fl.diagnose(forward, model)",
-        )
+    exacts = _exacts(subject)
     fp32 = _fp32(exacts[0])
-    lowered = [Lowering(subject, exacts[0], name, mode, allowed, most_trials).run() for name in candidates]
+    lowered, raised = _lowered(subject, exacts[0], candidates, mode, allowed, most_trials)
     updates = _updates(subject, model, candidates, mode, optimizer)
-    made: dict[str, Candidate] = {}
+    made = {name: _that_does_not_run(name, mode, error) for name, error in raised.items()}
     rows, modules = [], []
     for low in lowered:
         items = module_candidates(subject.model, low.judged, frozenset())
@@ -129,9 +130,10 @@ def audit(
         rows += rows_of(low)
         modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)
         made[low.name] = _candidate(subject, exacts, low, allowed, target, updates.get(low.name), repeats)
+    made = {name: made[name] for name in candidates}
     policy = choose(made)
     rows.sort(key=lambda row: (row.failure is None, -row.severity))
-    eights, eight_policy = _fp8(subject, model) if fp8 else ((), "")
+    eights, eight_policy = _fp8(subject, made.get("bf16")) if fp8 else ((), "")
     return AuditReport(
         model=type(model).__name__,
         mode=mode,
@@ -152,44 +154,67 @@ def audit(
     )
 
 
-def _check(model: Any, candidates: Any, mode: str, repeats: int, probes: int | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model is a {type(model).__name__}", hint="pass a torch.nn.Module, or use audit_function(fn, inputs)"
-        )
-    check_candidates(candidates)
-    check_mode(mode)
-    for key, value in {"repeats": repeats, "probes": probes}.items():
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{key}={value!r}", hint="give a number of runs, 0 or more")
-
-
-def _check_others(optimizer: Any, most_trials: Any, seed: Any) -> None:
-    if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"optimizer={optimizer!r}", hint="give an optimizer or a factory: lambda p: torch.optim.AdamW(p, lr=1e-5)"
-        )
-    if most_trials is not None and (not isinstance(most_trials, int) or most_trials < 2):
-        raise ConfigError(f"most_trials={most_trials!r}", hint="give 2 or more, or None")
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed={seed!r}", hint="give a whole number")
-
-
 def _look_for_randomness(subject: Subject) -> None:
     """Note it where the model draws random numbers in evaluation mode, or gives other results from run to run."""
-    first, again, other = subject.plain(subject.seed), subject.plain(subject.seed), subject.plain(subject.seed + 1)
-    if not bool(torch.isfinite(first).all()):
+
+    def run(seed: int) -> dict[str, torch.Tensor]:
+        value = subject.plain(seed)
+        if not value.numel():
+            raise ModelError("the step gives no value: its output is empty", hint="give a batch with samples in it")
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                "the step is not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+            )
+        return {"": value}
+
+    note = randomness(run, subject.seed, "the model", " in evaluation mode (dropout that is always on?)")
+    subject.notes += [note] if note else []
+
+
+def _exacts(subject: Subject) -> list[Exact]:
+    """Return the exact step of each batch."""
+    exacts = [subject.exact(place)[0] for place in range(len(subject.batches))]
+    if not math.isfinite(exacts[0].gradient_fp32):
         raise ModelError(
-            "the step is not finite in fp32 already", hint="find the first bad op with fl.diagnose(forward, model)"
+            "the gradients are not finite in fp32 already",
+            hint="find the first bad op with fl.diagnose(forward, model)",
         )
-    if not torch.equal(first, again):
-        off = float((first.double() - again.double()).abs().max())
-        subject.notes.append(f"two runs with the same seed differ by up to {off:.2g}: that is in every error below")
-    elif not torch.equal(first, other):
-        subject.notes.append(
-            "the model draws random numbers in evaluation mode (dropout that is always on?); "
-            f"every run uses seed {subject.seed}"
-        )
+    return exacts
+
+
+def _lowered(
+    subject: Subject, exact: Exact, candidates: Sequence[str], mode: str, allowed: Tolerance, most_trials: int | None
+) -> tuple[list[Lowered], dict[str, UserCodeError]]:
+    """Audit each format; return what came of those that run, and what the others raise. One must run."""
+    lowered, raised = [], {}
+    for name in candidates:
+        try:
+            lowered.append(Lowering(subject, exact, name, mode, allowed, most_trials).run())
+        except UserCodeError as error:
+            raised[name] = error
+    if not lowered:
+        raise next(iter(raised.values()))
+    return lowered, raised
+
+
+def _that_does_not_run(name: str, mode: str, error: UserCodeError) -> Candidate:
+    """Return the candidate of a format in which the model raises."""
+    base = NAMES[name][mode == "true"]
+    return Candidate(
+        name=name,
+        base=base,
+        policy=None,
+        islands=(),
+        all_lowered=Effect(policy=base, loss_error=math.inf, gradient_error=math.inf, tensor_error=math.inf),
+        effect=None,
+        noise=Noise(ratios=(math.inf,), confidence=1.0),
+        noise_of_policy=None,
+        cost=0.0,
+        trials=(),
+        front=(),
+        reason=error.message,
+        advice=(f"{base}: {error.hint}",),
+    )
 
 
 def _fp32(exact: Exact) -> Effect:
@@ -271,8 +296,11 @@ def _updates(
     return {name: by_format[fmt] for name, fmt in formats.items()}
 
 
-def _fp8(subject: Subject, model: nn.Module) -> tuple[Any, str]:
+def _fp8(subject: Subject, bf16: Candidate | None) -> tuple[Any, str]:
+    """Say which layers could be fp8, and the policy for them; what must be fp32 under bf16's autocast stays fp32."""
     from floatline.audit.fp8 import fp8_policy, what_if
 
-    rows = what_if(subject.model, subject.loss_once)
-    return rows, fp8_policy(rows, subject.model)
+    with subject.fp32_step():
+        rows = what_if(subject.model, subject.loss_once)
+    beside = Policy.parse(bf16.policy) if bf16 is not None and bf16.policy and bf16.base == "bf16-mixed" else None
+    return rows, fp8_policy(rows, subject.model, beside=beside)

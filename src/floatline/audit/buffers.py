@@ -25,6 +25,8 @@ def stalled_buffers(
     """
     found = {}
     for name, (low, exact) in after.items():
+        if name not in before or before[name].shape != low.shape:  # made or grown in the forward: no average
+            continue
         start = before[name].to(low.dtype)
         moving = exact != before[name].double()
         stuck = moving & (low == start)

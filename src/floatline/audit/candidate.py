@@ -16,9 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from floatline.audit.exact import Exact
 from floatline.audit.judging import Judged, explained, judge
@@ -26,43 +23,19 @@ from floatline.audit.metered import Borders, Metered
 from floatline.audit.modules import callable_modules, candidates, cost_shares, module_of_error, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
+from floatline.audit.settings import NAMES
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Outcome, Trial, inside, merged
-from floatline.errors import ConfigError, ModelError, PrecisionError, did_you_mean
+from floatline.audit.user_code import UserCodeError
+from floatline.errors import PrecisionError
 from floatline.observe.error import Reading
 from floatline.observe.finite import plain_name
 from floatline.observe.finite.places import place_of_error
 from floatline.precision import Policy
 
-NAMES = {"bf16": ("bf16-mixed", "bf16-true", "bf16"), "fp16": ("16-mixed", "16-true", "16")}
-"""Candidate -> its policies in mode mixed and true, and what it is called in a rule."""
-MODES = ("mixed", "true")
 LARGEST_SCALE = 2.0**15
 """The largest loss scale that reaches a loss in fp16: 2^16, where scalers start, is infinite there."""
-
-
-def check_candidates(candidates: Any) -> None:
-    """Refuse what is no sequence of lower formats.
-
-    Raises:
-        ConfigError: A text, nothing, or an unknown name.
-    """
-    if isinstance(candidates, str) or not candidates:
-        raise ConfigError(f"candidates={candidates!r}", hint='give a tuple: candidates=("bf16",)')
-    for name in candidates:
-        if name not in NAMES:
-            raise ConfigError(f"unknown candidate {name!r}", hint=did_you_mean(str(name), NAMES))
-
-
-def check_mode(mode: Any) -> None:
-    """Refuse what is neither "mixed" nor "true".
-
-    Raises:
-        ConfigError: That.
-    """
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}", hint=did_you_mean(str(mode), MODES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,32 +178,25 @@ class Lowering:
         while True:
             try:
                 effect = self.subject.tried(self.policy(()), self.exact)
-            except RuntimeError as error:
+            except UserCodeError as error:
                 self._keep_high(error)
                 continue
             self._known[str(self.policy(()))] = effect
             return Effect(policy=self.base, loss_error=math.inf, scale=effect.scale) if self._raising else effect
 
-    def _keep_high(self, error: RuntimeError) -> None:
+    def _keep_high(self, error: UserCodeError) -> None:
         """Note the module that has raised.
 
         Raises:
-            ModelError: Tensors of two formats meet, or no module can be blamed: a rule helps neither.
+            UserCodeError: Tensors of two formats meet, or no module can be blamed: a rule helps neither.
         """
-        said = str(error).splitlines()[0]
-        known = callable_modules(self.subject.model)
-        module = module_of_error(error, known)
-        if any(word in said for word in ("dtype", "scalar type")):
-            hint = "its code makes tensors of a fixed dtype; audit mode='mixed', or cast them to a weight's dtype"
-        elif module is None or module in self._raising or isinstance(error, torch.OutOfMemoryError):
-            hint = "compute in fp32 there (x.float()), in a module of its own, or leave this candidate out"
-        else:
-            place = place_of_error(error)
-            self._raising[module] = said + (f" ({place.file}:{place.line})" if place is not None else "")
-            return
-        raise ModelError(
-            f"{type(self.subject.model).__name__} does not run under {self.base}: {error}", hint=hint
-        ) from error
+        cause = error.__cause__ or error
+        said = str(cause).splitlines()[0]
+        module = module_of_error(cause, callable_modules(self.subject.model))
+        if module is None or module in self._raising or any(word in said for word in ("dtype", "scalar type")):
+            raise error
+        place = place_of_error(cause)
+        self._raising[module] = said + (f" ({place.file}:{place.line})" if place is not None else "")
 
     def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
         metered = self.subject.read(self.policy(()), scale)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from floatline.audit.audit import audit
-from floatline.audit.candidate import check_candidates, check_mode
 from floatline.audit.progress import Progress
 from floatline.audit.report import AuditReport
+from floatline.audit.settings import check_candidates, check_mode, check_seed
 from floatline.audit.sources import AuditSource, load_audit_source
 from floatline.audit.tolerance import Tolerance
 from floatline.errors import ConfigError, did_you_mean
@@ -92,6 +92,7 @@ class AuditRequest:
             given = {"--optimizer": self.optimizer, "--lr": self.lr, "--fp8": self.fp8}
             for option in (option for option, value in given.items() if value):
                 raise ConfigError(f"{option} needs the backward", hint=f"leave out {option} or --forward-only")
+        check_seed(self.seed)
         Tolerance.of(self.tolerance)
         resolve(self.hardware)
 

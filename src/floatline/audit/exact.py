@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from floatline.audit.tolerance import Effect
-from floatline.observe.error.measures import ILL
+from floatline.observe.error.measures import ILL, relative_error
 
 SMALL = 1e-6
 """Share of the gradient's norm below which a parameter does not count by itself."""
@@ -79,7 +79,7 @@ class Exact:
                 if not off_by <= worst:
                     worst, name = off_by, key
         gradient = (wrong / total) ** 0.5 if total else 0.0
-        clean = [x if x == x else float("inf") for x in (relative(value, self.value), gradient, worst)]
+        clean = [x if x == x else float("inf") for x in (relative_error(value, self.value), gradient, worst)]
         return Effect(
             policy=policy,
             loss_error=clean[0],
@@ -88,12 +88,3 @@ class Exact:
             tensor=name,
             scale=scale,
         )
-
-
-def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return ||value - exact|| / ||exact||; `inf` where the value is not finite."""
-    size = float(exact.double().square().sum().sqrt())
-    error = float((value.double() - exact.double()).square().sum().sqrt())
-    if error != error:
-        return float("inf")
-    return error / size if size else (float("inf") if error else 0.0)

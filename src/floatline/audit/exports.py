@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from floatline.audit.trials import inside
 from floatline.errors import ConfigError
 from floatline.precision import Policy
 from floatline.precision.islands import DTYPES
@@ -54,7 +55,7 @@ def float8_filter(report: AuditReport, scaling: str = "tensor") -> Callable[[nn.
     """Return the `module_filter_fn` for torchao's `convert_to_float8_training`.
 
     Args:
-        report: Of an audit with fp8.
+        report: Of an audit with fp8; what it keeps in fp32 under bf16 is not converted.
         scaling: "tensor" or "row", as the recipe given to torchao.
 
     Raises:
@@ -64,4 +65,6 @@ def float8_filter(report: AuditReport, scaling: str = "tensor") -> Callable[[nn.
 
     if not report.fp8:
         raise ConfigError("the audit has not looked at fp8", hint="audit with fp8=True, or floatline audit --fp8")
-    return filter_of(report.fp8, scaling)
+    bf16 = report.candidates.get("bf16")
+    islands = frozenset(bf16.islands if bf16 is not None else ())
+    return filter_of([row for row in report.fp8 if not inside(row.name, islands)], scaling)

@@ -6,33 +6,39 @@ measured rows speak against. Layers that the run did not call were not measured,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 from floatline.audit.fp8_row import POLICIES, Fp8Row
+from floatline.audit.patterns import shortest_patterns
 from floatline.errors import ConfigError
 from floatline.precision import Policy
 from floatline.precision.float8_layers import choose_linears
-from floatline.select import matches
+from floatline.precision.rules import match_rules
 
 
-def fp8_policy(rows: Sequence[Fp8Row], model: nn.Module, scaling: str = "tensor") -> str:
+def fp8_policy(
+    rows: Sequence[Fp8Row], model: nn.Module, scaling: str = "tensor", *, beside: Policy | None = None
+) -> str:
     """Return the fp8 policy that keeps every layer in bf16 that fp8 would cost too much.
 
     Args:
         rows: From `what_if`.
         model: The model that was measured.
         scaling: "tensor" for `fp8-mixed`, "row" for `fp8-rowwise-mixed`.
+        beside: The bf16 policy that the rest of the model is safe with; its rules come first.
 
     Raises:
         ConfigError: No such scaling.
     """
     name = _policy_of(scaling)
-    chosen = list(choose_linears(model, Policy(name), {}).chosen)
+    rules = beside.rules if beside is not None else ()
+    chosen = choose_linears(model, Policy(name), match_rules(model, Policy(name, rules))).chosen
     good = {row.name for row in rows if row.fits(scaling)}
-    return "; ".join([name, *(f"{pattern}=bf16" for pattern in patterns_for(set(chosen) - good, chosen))])
+    names = [module for module, _ in model.named_modules()]
+    kept = shortest_patterns(set(chosen) - good, names)
+    return "; ".join([name, *map(str, rules), *(f"{pattern}=bf16" for pattern in kept)])
 
 
 def filter_of(rows: Iterable[Fp8Row], scaling: str = "tensor") -> Callable[[nn.Module, str], bool]:
@@ -48,23 +54,6 @@ def filter_of(rows: Iterable[Fp8Row], scaling: str = "tensor") -> Callable[[nn.M
     _policy_of(scaling)
     good = {row.name for row in rows if row.fits(scaling) and scaling not in row.kept}
     return lambda module, name: name in good and type(module) is nn.Linear
-
-
-def patterns_for(names: set[str], among: Sequence[str]) -> list[str]:
-    """Return patterns that match all of `names` and nothing else of `among`, in the order of `among`.
-
-    >>> patterns_for({"layers.0.up", "layers.1.up", "layers.0.out"}, [f"layers.{n}.{p}" for n in (0, 1)
-    ...              for p in ("up", "out")])
-    ['layers.*.up', 'layers.0.out']
-    """
-    found: list[str] = []
-    for name in among:
-        if name not in names or any(matches(pattern, name) for pattern in found):
-            continue
-        wide = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        alike = [other for other in among if matches(wide, other)]
-        found.append(wide if len(alike) > 1 and names.issuperset(alike) else name)
-    return found
 
 
 def _policy_of(scaling: str) -> str:

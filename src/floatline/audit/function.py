@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from floatline.audit.candidate import check_candidates, check_mode
 from floatline.audit.function_report import (
     FunctionCandidate,
     FunctionEffect,
@@ -41,9 +40,11 @@ from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.line_lowering import LineLowering, computed
 from floatline.audit.outputs import output_error
 from floatline.audit.program import Format, Program, Result
-from floatline.errors import ConfigError, FloatlineError, ModelError
+from floatline.audit.random_numbers import randomness
+from floatline.audit.settings import check_candidates, check_mode, check_seed
+from floatline.audit.user_code import user_code
+from floatline.errors import ConfigError, ModelError
 from floatline.hardware import Hardware, resolve
-from floatline.observe.finite.places import place_of_error
 
 TOLERANCE = 0.02
 """Largest relative RMSE of an output."""
@@ -89,16 +90,21 @@ def audit_function(
     """
     started = time.perf_counter()
     _check(fn, candidates, mode, backward, tolerance)
+    check_seed(seed)
+    candidates = tuple(dict.fromkeys(candidates))
     allowed = TOLERANCE if tolerance is None else float(tolerance)
     target = resolve(hardware)
-    program = _guarded(lambda: Program(fn, inputs, target, backward, seed), fn)
-    notes, random = _look_for_randomness(program)
-    truth = _guarded(program.exact, fn)
+    name = getattr(fn, "__name__", type(fn).__name__)
+    with user_code(name, "in fp32", "it has to run on these inputs before it can be audited"):
+        program = Program(fn, inputs, target, backward, seed)
+        note = randomness(program.plain, seed, name)
+        truth = program.exact()
+    notes = [note] if note else []
     fp32 = tuple(output_error(name, value, truth.exact[name]) for name, value in truth.values.items())
     _refuse_not_finite(truth, fp32, program.name)
     notes += _not_computed(fp32, allowed)
     lowerings = [
-        LineLowering(program, truth, fp32, Format(name=name, mode=mode), allowed, random) for name in candidates
+        LineLowering(program, truth, fp32, Format(name=name, mode=mode), allowed, bool(note)) for name in candidates
     ]
     made = {lowering.name: lowering.run(target) for lowering in lowerings}
     rows = [row for lowering in lowerings for row in lowering.rows(made[lowering.name])]
@@ -132,45 +138,12 @@ def _check(fn: Any, candidates: Any, mode: str, backward: Any, tolerance: Any) -
         raise ConfigError(f"tolerance={tolerance!r} is no positive number", hint="write e.g. 0.01 for 1 %")
 
 
-def _guarded(run: Callable[[], Any], fn: Any) -> Any:
-    """Run it; what the function itself raises in fp32 becomes an error that says where."""
-    try:
-        return run()
-    except FloatlineError:
-        raise
-    except Exception as error:  # whatever the function raises
-        place = place_of_error(error)
-        at = f" at {where(place)} ({place.code})" if place is not None else ""
-        name = getattr(fn, "__name__", type(fn).__name__)
-        raise ModelError(
-            f"{name} raises {type(error).__name__} in fp32{at}: {error}",
-            hint="it has to run on these inputs before it can be audited",
-        ) from error
-
-
-def _look_for_randomness(program: Program) -> tuple[list[str], bool]:
-    """Say whether the function gives other results from run to run, or with another seed."""
-    first, again, other = (
-        _guarded(lambda seed=seed: program.plain(seed), program.fn)  # type: ignore[misc]
-        for seed in (program.seed, program.seed, program.seed + 1)
-    )
-    if not _same(first, again):
-        return [f"two runs of {program.name} with one seed differ: that is in every error below"], True
-    if not _same(first, other):
-        return [f"{program.name} draws random numbers; every run uses seed {program.seed}"], True
-    return [], False
-
-
-def _same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        a.shape == other[name].shape and bool(((a == other[name]) | (a != a)).all()) for name, a in one.items()
-    )
-
-
 def _refuse_not_finite(truth: Result, errors: Sequence[OutputError], function: str) -> None:
     for error in errors:
         value = truth.values[error.name]
-        if value.is_floating_point() and (bool(torch.isnan(value).any()) or math.isinf(error.largest)):
+        if not value.is_floating_point():
+            continue
+        if bool(torch.isnan(value).any()) or not bool(torch.isfinite(value).any()) or math.isinf(error.largest):
             raise ModelError(
                 f"{error.name} of {function} is not finite in fp32 already",
                 hint="find the first bad op with fl.diagnose(lambda: fn(*inputs))",

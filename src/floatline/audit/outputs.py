@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from floatline.audit.function_report import OutputError
+from floatline.audit.value import is_dense
 from floatline.errors import ModelError
 
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +26,7 @@ def outputs_of(out: Any, source: str) -> Tensors:
     """Return the tensors that a function returned, by name."""
     leaves, _ = tree_flatten_with_path(out)
     found = {path_name(path, "output"): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    found = {name: value for name, value in found.items() if value.numel() and not value.is_complex()}
+    found = {name: value for name, value in found.items() if is_dense(value) and value.numel()}
     if not found:
         kinds = ", ".join(sorted({type(leaf).__name__ for _, leaf in leaves})) or type(out).__name__
         raise ModelError(

@@ -75,6 +75,15 @@ def shortest_patterns(chosen: Collection[str], names: Collection[str]) -> tuple[
     return found
 
 
+def literal(name: str) -> str:
+    """Return a pattern that matches a dotted name; what a policy string cannot hold becomes `?`.
+
+    >>> literal("layers.0.fc"), literal("heads.a b.x*")
+    ('layers.0.fc', 'heads.a?b.x[*]')
+    """
+    return ".".join(map(_literal, name.split(".")))
+
+
 class _Index:
     """All names by component, so that what a pattern matches is an intersection of sets of bits, one bit a name."""
 

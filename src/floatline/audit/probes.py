@@ -13,9 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-from floatline.audit.candidate import NAMES
 from floatline.audit.exact import Exact
 from floatline.audit.metered import inputs_rounded
+from floatline.audit.patterns import literal
+from floatline.audit.settings import NAMES
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Item, inside, merged
@@ -80,7 +81,7 @@ def _rounded(subject: Subject, module: str, name: str) -> AbstractContextManager
 def _alone(module: str, name: str, mode: str, items: Sequence[Item]) -> Policy:
     """Return the policy in which all candidates but one are islands; code outside of them stays lowered."""
     others = sorted(merged(item.name for item in items if not _related(item.name, module)))
-    return Policy.parse("; ".join([NAMES[name][mode == "true"], *(f"{other}=32" for other in others)]))
+    return Policy.parse("; ".join([NAMES[name][mode == "true"], *(f"{literal(other)}=32" for other in others)]))
 
 
 def _related(one: str, other: str) -> bool:

@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 from floatline.audit.fp16_products import FP16Products
 from floatline.audit.fp32_lines import FP32Lines, Line
 from floatline.audit.outputs import Tensors, outputs_of, path_name
+from floatline.audit.random_numbers import seeded
 from floatline.audit.subject import SCALE, Passes
 from floatline.errors import ConfigError, ModelError
 from floatline.hardware import Hardware
 from floatline.observe.error import ErrorMeter, Reading, metering
 from floatline.observe.target import cuda_autocast
-from floatline.step.random_state import python_random_kept
 
 GRADIENT = "gradient of "
 
@@ -182,14 +182,13 @@ class Program:
         """Context with the target's autocast lists, the seed, and the format as the default of new tensors."""
         default = torch.get_default_dtype()
         with ExitStack() as stack:
-            stack.enter_context(python_random_kept())
+            stack.enter_context(seeded(seed, [self.device]))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             on_cuda = self.device.type == "cuda"
-            stack.enter_context(torch.random.fork_rng(devices=[self.device.index or 0] if on_cuda else []))
             if self.hardware.kind == "cuda" and not on_cuda:
                 stack.enter_context(cuda_autocast())
             if fmt is not None and fmt.name == "fp16" and not on_cuda:
                 stack.enter_context(FP16Products())
-            torch.manual_seed(seed)
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(fmt.dtype if fmt is not None and fmt.mode == "true" else torch.float32)
             yield
@@ -260,6 +259,8 @@ def _flattened(inputs: Any) -> tuple[dict[str, Any], Any]:
     if not tensors:
         kinds = ", ".join(sorted({type(value).__name__ for value in named.values()})) or "nothing"
         raise ConfigError(f"inputs holds no tensor ({kinds})", hint="convert arrays first: torch.as_tensor(array)")
+    if any(tensor.is_meta for tensor in tensors):
+        raise ConfigError("inputs holds a tensor on the meta device", hint="give it values")
     if not any(map(_is_float, tensors)):
         kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
         raise ConfigError(

@@ -123,9 +123,9 @@ class Candidate:
         noise: Of the base.
         noise_of_policy: Of the policy.
         cost: Share of the step's FLOPs in fp32 islands.
-        trials: Effects of all policies that were tried jointly, in order.
+        trials: Effects of all policies that were tried jointly, in order; none where the model raises in the format.
         front: Those that no other beats in cost and error.
-        reason: Why these islands.
+        reason: Why these islands, or what the model raises.
         advice: What no policy can do: lines to change, the optimizer.
         illegal: Why the hardware does not run it; empty where it does.
     """

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from floatline.audit.user_code import user_code
 from floatline.errors import ConfigError, ModelError
 from floatline.plan.building import config_to_build
 from floatline.plan.configs import Found, find_config
@@ -92,10 +93,12 @@ def load_audit_source(text: str, shape: Shape | None = None, *, task: str | None
 
 def _of_function(source: Source) -> AuditSource:
     own = source.work.optimizer
+    with user_code(f"a factory of {source.name}", "", "run it on its own to see where"):
+        model, batch = source.work.build_model(), source.work.build_batch()
     return AuditSource(
         name=source.name,
-        model=source.work.build_model(),
-        batch=source.work.build_batch(),
+        model=model,
+        batch=batch,
         loss=source.work.loss,
         optimizer=None if own is torch.optim.AdamW else own,  # which is what a Workload takes when nobody says
     )

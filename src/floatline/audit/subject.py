@@ -1,7 +1,8 @@
 """What is audited: a copy of the model, its batches and its loss, run under one policy after another.
 
 The copy is in evaluation mode, so that dropout does not hide rounding; normalisation and recurrent layers keep the
-mode they had. Every run starts from the same weights, buffers and random numbers. The user's model is never touched.
+mode they had. Every run starts from the same weights, buffers, attributes and random numbers. The user's model is never
+touched.
 
 Where no loss is given and the model returns none, its first floating output is audited instead; the backward then
 starts from a fixed random direction.
@@ -9,7 +10,6 @@ starts from a fixed random direction.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,29 +18,32 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from floatline.audit.buffers import stalled_buffers
-from floatline.audit.exact import Exact, relative
+from floatline.audit.exact import Exact
 from floatline.audit.fp16_products import FP16Products
+from floatline.audit.leaves import leaves_of
 from floatline.audit.metered import Metered, borders_watched
+from floatline.audit.model_copy import copied
+from floatline.audit.model_state import ModelState
+from floatline.audit.random_numbers import seeded
 from floatline.audit.tolerance import Effect
-from floatline.audit.value import kind, output_of
-from floatline.errors import FloatlineError, ModelError
+from floatline.audit.user_code import UserCodeError, user_code
+from floatline.audit.value import is_floating, kind, output_of
+from floatline.errors import ModelError
 from floatline.hardware import Hardware
 from floatline.observe.error import ErrorMeter, metering
-from floatline.observe.error.measures import sampled
+from floatline.observe.error.measures import relative_error, sampled
 from floatline.observe.finite import plain_name
-from floatline.observe.finite.places import place_of_error
 from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
 from floatline.precision.apply import AppliedPrecision, apply_precision
 from floatline.step.batch import call_model, move
-from floatline.step.random_state import python_random_kept
+from floatline.step.undisturbed import gradients_aside
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 SCALE = 2.0**16
-_KEEP_MODE = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
 
 
 @dataclass(kw_only=True)
@@ -78,53 +81,19 @@ class Subject:
         self, model: nn.Module, batches: list[Any], loss: Loss | None, hardware: Hardware, backward: bool, seed: int
     ) -> None:
         self.passes = Passes()
-        self.notes: list[str] = []
         self.hardware = hardware
         self.backward = backward
         self.loss = loss
         self.seed = seed
-        self.model = self._copied(model)
+        self.model, self.notes = copied(model)
         self._original = model
         odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         self.device = next(self.model.parameters()).device
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(batches)):
+            raise ModelError("the batch is on the meta device", hint="give it values")
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        self._weights = {name: t.detach().clone() for name, t in _tensors(self.model)}
-
-    def _copied(self, model: nn.Module) -> nn.Module:
-        floats = [p for p in model.parameters() if p.is_floating_point()]
-        if not floats:
-            raise ModelError(
-                f"{type(model).__name__} has no floating-point parameters: there is no precision to audit",
-                hint="audit_function(fn, inputs) audits plain functions of tensors",
-            )
-        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-            raise ModelError(
-                f"{type(model).__name__} has lazy parameters without a shape", hint="run it on a batch once before"
-            )
-        if any(p.is_meta for p in model.parameters()):
-            raise ModelError(
-                f"{type(model).__name__} is on the meta device", hint="give it weights: precision is theirs"
-            )
-        try:
-            made = copy.deepcopy(model)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{type(model).__name__} cannot be copied: {error}", hint="audit a freshly built model"
-            ) from error
-        halves = {str(p.dtype).removeprefix("torch.") for p in floats if p.element_size() < 4}
-        if halves:
-            self.notes.append(f"the weights are {', '.join(sorted(halves))}: what they lost before is not seen")
-        made.float()
-        for module in made.modules():
-            module.training = module.training and isinstance(module, _KEEP_MODE)
-            if isinstance(module, nn.RNNBase):
-                module.dropout = 0.0
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                module.sparse = False  # the same gradient, of which every element has a shadow
-        for parameter in made.parameters():
-            parameter.grad = None
-        return made
+        self._state = ModelState(self.model)
 
     # Runs
 
@@ -139,7 +108,7 @@ class Subject:
                 if parameter.grad is not None:
                     gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
                     weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
-                    fp32[name] = relative(sampled(parameter.grad), gradients[name])
+                    fp32[name] = relative_error(sampled(parameter.grad), gradients[name])
             total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
             wrong = sum(float(g.square().sum()) * weights[n] * fp32[n] ** 2 for n, g in gradients.items() if total)
             made = Exact(
@@ -148,7 +117,7 @@ class Subject:
                 gradients=gradients,
                 weights=weights,
                 fp32=fp32,
-                loss_fp32=relative(value.detach(), shadow),
+                loss_fp32=relative_error(value.detach(), shadow),
             )
         return made, meter
 
@@ -166,8 +135,8 @@ class Subject:
         """
         try:
             return self.tried(policy, exact, batch, what=what, scale=scale, around=around)
-        except RuntimeError as error:
-            if not policy.rules or isinstance(error, torch.OutOfMemoryError):
+        except UserCodeError as error:
+            if not policy.rules:
                 raise
             return self._does_not_run(policy, error)
 
@@ -186,9 +155,9 @@ class Subject:
                 return effect
             scale /= 16.0 if scale > 16 else scale
 
-    def _does_not_run(self, policy: Policy, error: RuntimeError) -> Effect:
+    def _does_not_run(self, policy: Policy, error: UserCodeError) -> Effect:
         """Return the effect of islands between which tensors meet in two formats: as wrong as can be."""
-        said = f"some islands do not run, and were not taken: {str(error).splitlines()[0]}"
+        said = f"some islands do not run, and were not taken: {error.message.splitlines()[0]}"
         if said not in self.notes:
             self.notes.append(said)
         return Effect(policy=str(policy), loss_error=float("inf"))
@@ -200,8 +169,14 @@ class Subject:
             self._step(applied, batch, 1.0, None)
             return {name: p.grad.detach().clone() for name, p in self.taking() if p.grad is not None}
 
+    @contextmanager
+    def fp32_step(self) -> Iterator[None]:
+        """Context of a step of somebody else's, who takes its loss from `loss_once`."""
+        with self._started(Policy.parse("32-true")), torch.enable_grad(), _told():
+            yield
+
     def loss_once(self, batch: int = 0) -> torch.Tensor:
-        """Return a scalar of one fp32 forward, for a backward of somebody else's."""
+        """Return a scalar of one fp32 forward; within `fp32_step`."""
         self.passes.add("fp8")
         value = self._value(self.model, _fresh(self.batches[batch]))
         return value.reshape(()) if value.numel() == 1 else (value.float() * self._direction(value)).sum()
@@ -217,12 +192,12 @@ class Subject:
             self._step(applied, batch, scale, meter)
             with _disable_current_modes():  # looking is no part of the step
                 errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
-                written = {name: (t.detach().clone(), meter.shadows.of(t).clone()) for name, t in _tensors(self.model)
-                           if t.is_floating_point() and not t.requires_grad}  # fmt: skip
+                written = {name: (t.detach().clone(), meter.shadows.of(t).clone()) for name, t in self._named()
+                           if _has_shadow(t) and not t.requires_grad}  # fmt: skip
         return Metered(
             readings=tuple(meter.readings),
             gradient_errors=errors,
-            stalled_buffers=stalled_buffers(self._weights, written),
+            stalled_buffers=stalled_buffers(self._state.values, written),
             unmeasured=dict(meter.unmeasured),
             borders=borders,
         )
@@ -230,18 +205,8 @@ class Subject:
     def plain(self, seed: int, batch: int = 0) -> torch.Tensor:
         """Return the fp32 value of the forward alone, with random numbers of a seed."""
         self.passes.add("checks")
-        with self._started(Policy.parse("32-true"), seed), self._graph(), self._original_refused():
-            try:
-                value = self._value(self.model, _fresh(self.batches[batch]))
-            except FloatlineError:
-                raise
-            except Exception as error:
-                place = place_of_error(error)
-                raise ModelError(
-                    f"the model or its loss raises in fp32: {type(error).__name__}: {error}"
-                    + (f" ({place.file}:{place.line})" if place is not None else ""),
-                    hint="run loss(model, batch) by itself first: batch and model must fit together",
-                ) from error
+        with self._started(Policy.parse("32-true"), seed), self._graph(), self._original_refused(), _told():
+            value = self._value(self.model, _fresh(self.batches[batch]))
             return value.detach().clone()
 
     @contextmanager
@@ -264,8 +229,7 @@ class Subject:
         """Context in which the policy is on; weights, buffers, gradients and random numbers are as at the start."""
         devices = [d for d in {p.device for p in self.model.parameters()} if d.type == "cuda"]
         with ExitStack() as stack:
-            stack.enter_context(python_random_kept())
-            stack.enter_context(torch.random.fork_rng(devices=[d.index or 0 for d in devices]))
+            stack.enter_context(seeded(self.seed if seed is None else seed, devices))
             if self.hardware.kind == "cuda" and not devices:
                 stack.enter_context(cuda_autocast())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -274,31 +238,20 @@ class Subject:
             if "fp16" in policy.formats and not devices:
                 stack.enter_context(FP16Products())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the caller's, if he has one
-            torch.manual_seed(self.seed if seed is None else seed)
-            before = {name: (tensor._version, tensor.data_ptr()) for name, tensor in _tensors(self.model)}
+            stack.enter_context(self._state.kept())
             applied = apply_precision(self.model, policy)
-            # cast back, a tensor may lie where it lay: its address does not tell
-            cast = {name for name, tensor in _tensors(self.model) if tensor.dtype != self._weights[name].dtype}
-            try:
-                yield applied
-            finally:
-                applied.undo()
-                with torch.no_grad():
-                    for name, tensor in _tensors(self.model):
-                        if name in cast or before[name] != (tensor._version, tensor.data_ptr()):  # or written
-                            tensor.copy_(self._weights[name])
-                for parameter in self.model.parameters():
-                    parameter.grad = None
+            stack.callback(applied.undo)
+            yield applied
 
     def _step(
         self, applied: AppliedPrecision, batch: int, scale: float, meter: ErrorMeter | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if meter is not None:
-            for name, tensor in _tensors(self.model):
-                if tensor.is_floating_point():
-                    meter.shadows.set(tensor, self._weights[name].double())
+            for name, tensor in self._named():
+                if _has_shadow(tensor):
+                    meter.shadows.set(tensor, self._state.values[name].double())
             meter.enter("forward")
-        with self._graph():
+        with self._graph(), _told(applied.policy):
             with applied.autocast():
                 value = self._value(self.model, _fresh(self.batches[batch]))
             if self.backward:
@@ -321,7 +274,9 @@ class Subject:
         loss = total.float() * scale  # as GradScaler: the scale is fp32
         if meter is not None:
             meter.enter("backward")
-        loss.backward()
+        own = {id(parameter) for parameter in self.model.parameters()}
+        with gradients_aside(leaf for leaf in leaves_of(loss) if id(leaf) not in own):  # a loss's own weights
+            loss.backward()
 
     def _direction(self, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -331,17 +286,30 @@ class Subject:
     def _value(self, model: nn.Module, batch: Any) -> torch.Tensor:
         if self.loss is not None:
             value: Any = self.loss(model, batch)
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            if not is_floating(value):
                 raise ModelError(
                     f"the loss function returned a {kind(value)}", hint="return a floating tensor: a loss, or outputs"
                 )
             return value
         return output_of(call_model(model, batch), type(model).__name__)
 
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+
     def taking(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield plain_name(name), parameter
+
+
+def _told(policy: Policy | None = None) -> AbstractContextManager[None]:
+    """Return the context of a step under a policy; None is fp32."""
+    if policy is None or policy.name == "32-true":
+        hint = "run loss(model, batch) and its backward by themselves first: batch and model must fit together"
+        return user_code("the model or its loss", "in fp32", hint)
+    hint = "compute in fp32 there (x.float()), in a module of its own; or audit the other mode, or leave the format out"
+    return user_code("the model or its loss", f"under {policy.name}", hint)
 
 
 @contextmanager
@@ -374,6 +342,5 @@ def _fresh(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _has_shadow(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided

@@ -35,6 +35,7 @@ import torch
 from floatline.audit.optimizer_twin import Cut, cut_of, steps_elements_alone
 from floatline.audit.update_report import UpdateReport, UpdateRow
 from floatline.audit.update_run import UpdateRun, torch_dtype
+from floatline.audit.user_code import user_code
 from floatline.errors import ConfigError, did_you_mean
 
 __all__ = ["UpdateReport", "UpdateRow", "audit_updates"]
@@ -148,7 +149,8 @@ def _why_not(parameter: torch.Tensor, gradient: torch.Tensor | None) -> str:
 
 def _make_optimizer(optimizer: Any, named: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = optimizer([parameter for parameter in named.values() if parameter.requires_grad])
+        with user_code("the optimizer factory", "", "it is called with the list of trainable parameters"):
+            optimizer = optimizer([parameter for parameter in named.values() if parameter.requires_grad])
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"the optimizer factory returned a {type(optimizer).__name__}", hint="return a torch.optim.Optimizer"

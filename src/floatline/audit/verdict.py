@@ -34,7 +34,9 @@ def verdict(
 def _of(candidate: Candidate, modules: int, rows: Sequence[Row], allowed: Tolerance) -> str:
     failing = sum(row.candidate == candidate.name and row.failure is not None for row in rows)
     lowered, effect = candidate.all_lowered, candidate.effect
-    if candidate.policy is None:
+    if not candidate.trials:
+        text = f"{candidate.base} does not run: {candidate.reason}"
+    elif candidate.policy is None:
         text = f"{candidate.base} is not safe, with whatever islands: {candidate.reason}"
     elif not candidate.islands and not failing:
         text = f"{candidate.base} is safe as it is: {_within(lowered)} of fp64"

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from floatline.observe.finite import storage_of
 from floatline.observe.finite.ran import written
 from floatline.step.random_state import python_random_kept
-from floatline.step.undisturbed import undisturbed
+from floatline.step.undisturbed import gradients_aside, undisturbed
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def everything_kept(
     training = [(module, module.training) for module in model.modules()]
     try:
         leaves = [*_parameters(model, optimizer), *others]
-        with undisturbed(model), _gradients_aside(leaves), python_random_kept():
+        with undisturbed(model), gradients_aside(leaves), python_random_kept():
             yield copies
     finally:
         copies.restore()
@@ -102,19 +102,6 @@ class SavingWrites(TorchDispatchMode):
             for tensor in written(func, args, kwargs):
                 self._copies.save(tensor)
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _gradients_aside(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """Context without gradients; those that were there come back, untouched."""
-    before = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
-    try:
-        for tensor, _ in before:
-            tensor.grad = None
-        yield
-    finally:
-        for tensor, gradient in before:
-            tensor.grad = gradient
 
 
 def _copied(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Not covered: Python attributes that a model sets in its forward, and random numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,19 +28,34 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     buffers = [(owner, key, buffer, buffer.detach().clone()) for owner, key, buffer in _buffers(model)]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in gradients:
-            parameter.grad = None  # set aside, or backward would add to it
-        with torch.random.fork_rng(devices=devices):
+        with gradients_aside(model.parameters()), torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
             for owner, key, buffer, value in buffers:
                 buffer.copy_(value)
                 owner._buffers[key] = buffer
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+
+
+@contextmanager
+def gradients_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Context without gradients, to which a backward would add; those that were there come back, untouched.
+
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> with gradients_aside([weight]):
+    ...     weight.sum().backward()
+    >>> weight.grad is None
+    True
+    """
+    before = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
+    try:
+        for tensor, _ in before:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, gradient in before:
+            tensor.grad = gradient
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

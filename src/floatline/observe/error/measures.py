@@ -171,7 +171,9 @@ def _together(one: Measure, other: Measure, name: str) -> float:
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the relative RMSE of a tensor, `inf` where it is not finite and the exact one is."""
+    """Return the relative RMSE of a tensor; `inf` where it has another shape, or is not finite and the exact one is."""
+    if value.shape != exact.shape:
+        return math.inf
     if not _is_finite(value) and _lost(value, exact):
         return math.inf
     value, exact = sampled(value).double(), sampled(exact).double()
