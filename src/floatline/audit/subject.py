@@ -94,6 +94,7 @@ class Subject:
         self.batches = [_as_weights(move(batch, self.device), odd) for batch in batches]
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._state = ModelState(self.model)
+        self._doubles: dict[str, torch.Tensor] = {}
 
     # Runs
 
@@ -249,7 +250,7 @@ class Subject:
         if meter is not None:
             for name, tensor in self._named():
                 if _has_shadow(tensor):
-                    meter.shadows.set(tensor, self._state.values[name].double())
+                    meter.shadows.set(tensor, self._exact_values(name), shared=True)
             meter.enter("forward")
         with self._graph(), _told(applied.policy):
             with applied.autocast():
@@ -259,6 +260,12 @@ class Subject:
         with _disable_current_modes():  # looking is no part of the step
             gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
         return value, gradients
+
+    def _exact_values(self, name: str) -> torch.Tensor:
+        """Return a weight or buffer in fp64, which no run changes: memory costs more than what fills it."""
+        if name not in self._doubles:
+            self._doubles[name] = self._state.values[name].double().contiguous()
+        return self._doubles[name]
 
     def _graph(self) -> AbstractContextManager[Any]:
         """Context of a forward: with gradients, for a force field or a gradient penalty takes some on its way."""

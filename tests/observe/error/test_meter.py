@@ -174,6 +174,24 @@ def test_in_place_ops_write_the_shadow_too():
     assert torch.allclose(meter.shadows.of(out), exact, rtol=1e-12)
 
 
+def test_a_cast_that_is_written_into_leaves_what_was_cast_alone():
+    torch.manual_seed(0)
+    x = torch.rand(8)
+
+    def program():
+        first = x * 3
+        half = first.bfloat16()
+        half[2:4] += 1
+        half.mul_(0.5)
+        return torch.stack([first, half.float()])
+
+    meter, out = readings_of(program)
+    exact = x.double() * 3
+    half = exact.clone()
+    half[2:4] += 1
+    assert torch.allclose(meter.shadows.of(out), torch.stack([exact, half * 0.5]), rtol=1e-12)
+
+
 def test_random_numbers_are_exact_and_dropout_keeps_its_mask():
     torch.manual_seed(0)
     x = torch.rand(200) + 1

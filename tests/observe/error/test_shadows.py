@@ -82,3 +82,23 @@ def test_noise_is_forgotten_when_it_is_written_over():
     assert shadows.is_noise(tensor[:1])
     shadows.set(tensor, torch.ones(2, dtype=torch.float64))
     assert not shadows.is_noise(tensor)
+
+
+def test_shared_values_are_copied_before_something_is_written_into_them():
+    shadows = Shadows()
+    weight, values = torch.zeros(4), torch.full((4,), 0.1, dtype=torch.float64)
+    shadows.set(weight, values, shared=True)
+    cast = weight.bfloat16()
+    assert shadows.share(cast, weight) and shadows.of(cast).data_ptr() == values.data_ptr()
+    shadows.set(cast[1:2], torch.ones(1, dtype=torch.float64))
+    shadows.set(weight[:1], torch.ones(1, dtype=torch.float64))
+    assert shadows.of(cast).tolist() == [0.1, 1.0, 0.1, 0.1] and shadows.of(weight).tolist() == [1.0, 0.1, 0.1, 0.1]
+    assert values.tolist() == [0.1] * 4
+
+
+def test_windows_share_nothing():
+    shadows = Shadows()
+    tensor = torch.zeros(4)
+    assert not shadows.share(torch.zeros(4), tensor)  # nobody knows better than it
+    shadows.set(tensor, torch.ones(4, dtype=torch.float64))
+    assert not shadows.share(torch.zeros(2), tensor[:2]) and not shadows.share(torch.zeros(8)[::2], tensor)

@@ -85,6 +85,13 @@ class Call:
         """Say whether the op has to do with a half format."""
         return any(tensor.dtype in HALVES for tensor in [*self.reads, *results])
 
+    def cast_of(self, results: list[torch.Tensor]) -> torch.Tensor | None:
+        """Return what it casts to another floating format: exact values stay what they are; None for other ops."""
+        given = self.args[0] if self.name == "_to_copy" else None
+        if given is None or id(given) not in self.exact or given.dtype == torch.float64:
+            return None
+        return given if [(t.shape, t.is_floating_point()) for t in results] == [(given.shape, True)] else None
+
     def sampled(self, results: list[torch.Tensor]) -> Call:
         """Return a cast of a sample of its input."""
         given = self.args[0]

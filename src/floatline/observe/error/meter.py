@@ -128,7 +128,8 @@ class ErrorMeter(TorchDispatchMode):
             return
         if not call.wanted(results):
             return
-        exact = call.again(call.exact, torch.float64)
+        source = call.cast_of(results)
+        exact = call.again(call.exact, torch.float64) if source is None else [call.exact[id(source)]]
         if exact is None or not fit(exact, results):
             exact = call.again(call.exact_by_given_decisions, torch.float64)
         if exact is None or not fit(exact, results):
@@ -138,10 +139,12 @@ class ErrorMeter(TorchDispatchMode):
             return
         noise = self._note(call, results, exact, out)
         for tensor, values in zip(results, exact):
-            if tensor.is_floating_point() or self.shadows.known(tensor) or not torch.equal(tensor, values):
+            if source is not None and self.shadows.share(tensor, source):
+                pass
+            elif tensor.is_floating_point() or self.shadows.known(tensor) or not torch.equal(tensor, values):
                 self.shadows.set(tensor, values if tensor.is_floating_point() else values.to(tensor.dtype))
-                if noise:
-                    self.shadows.mark_noise(tensor)
+            if noise:
+                self.shadows.mark_noise(tensor)
 
     def _drawn(self, call: Call, results: list[torch.Tensor]) -> None:
         """Random numbers stand for themselves; dropout keeps its mask."""

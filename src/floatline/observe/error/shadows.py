@@ -30,6 +30,7 @@ class _Kept:
     itemsize: int
     values: torch.Tensor
     noise: bool = False
+    shared: bool = False  # others read these values too: they are copied before something is written into them
 
 
 class Shadows:
@@ -56,19 +57,20 @@ class Shadows:
         """Say whether the tensor has a shadow."""
         return self._find(tensor) is not None
 
-    def set(self, tensor: torch.Tensor, exact: torch.Tensor) -> None:
+    def set(self, tensor: torch.Tensor, exact: torch.Tensor, *, shared: bool = False) -> None:
         """Let `exact` be the exact values of `tensor`, whose memory was written just now.
 
         Args:
             tensor: Strided.
             exact: Of its shape; fp64 for a floating tensor, else of its dtype.
+            shared: The caller goes on to use `exact`, and it must stay as it is.
         """
         storage = tensor.untyped_storage()
         length = storage.nbytes() // tensor.element_size()
-        whole = tensor.numel() == length and tensor.is_contiguous()
+        whole = _is_whole(tensor)
         kept = self._find(tensor)
         if whole and exact.is_contiguous() and exact._base is None and exact.numel() == length:
-            self._keep(tensor, exact.detach().reshape(-1))  # nobody else holds it: no copy
+            self._keep(tensor, exact.detach().reshape(-1)).shared = shared
             return
         if kept is None:
             values = torch.empty(length, dtype=exact.dtype, device=tensor.device)
@@ -76,8 +78,19 @@ class Shadows:
                 around = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (length,), (1,))
                 values.copy_(around)
             kept = self._keep(tensor, values)
+        elif kept.shared:
+            kept.values, kept.shared = kept.values.clone(), False
         kept.noise = False
         _window(kept.values, tensor).copy_(exact)
+
+    def share(self, tensor: torch.Tensor, source: torch.Tensor) -> bool:
+        """Let the exact values of `tensor` be those of `source`, without a copy; say whether that can be."""
+        kept = self._find(source)
+        if kept is None or not (_is_whole(tensor) and _is_whole(source)) or tensor.shape != source.shape:
+            return False
+        kept.shared = True
+        self._keep(tensor, kept.values).shared = True
+        return True
 
     def mark_noise(self, tensor: torch.Tensor) -> None:
         """Note that fp32 does not compute the values of `tensor` either: what is left when all has cancelled."""
@@ -110,6 +123,11 @@ class Shadows:
             for dead in [key for key, known in self._kept.items() if known.storage.expired()]:
                 del self._kept[dead]
         return kept
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is all of its storage, in order."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
 
 
 def _window(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
