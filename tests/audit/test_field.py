@@ -102,6 +102,14 @@ class Experts(nn.Module):
         return out
 
 
+class Accuracy(nn.Module):
+    """A metric beside the step: its maxima come out otherwise, and nothing hangs on them."""
+
+    def forward(self, x):
+        self.share = ((x * 1e-3 + 1).argmax(-1) == 0).float().mean()
+        return x
+
+
 class Recomputed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -126,6 +134,7 @@ HEALTHY = {
     "noise": (Noisy, 8),
     "pool": (Pooled, 4),
     "experts": (Experts, 16),
+    "metric": (Accuracy, 16),
     "checkpoint": (Recomputed, 16),
 }
 
@@ -151,3 +160,10 @@ def test_nothing_is_asked_of_what_is_healthy(part, width, fmt):
     report, candidate = audited(lambda: (Chain(part(), width), torch.randn(64, 8)), fmt, "mixed")
     assert (candidate.policy, report.failures) == (candidate.base, ()), report
     assert math.isfinite(candidate.all_lowered.gradient_error)
+
+
+def test_decisions_of_a_metric_are_told_and_need_nothing():
+    report, candidate = audited(lambda: (Chain(Accuracy(), 16), torch.randn(64, 8)), "bf16", "mixed")
+    row = next(row for row in report.rows if row.op == "argmax")
+    assert row.failure is None and row.flipped > 0 and "the same to the bit" in row.why
+    assert candidate.islands == () and len(candidate.trials) <= 2

@@ -65,7 +65,10 @@ def fp32_expected(x):
     [
         (Raises.apply, r"raises ValueError in fp32 at test_user_code.py:\d+ \(raise Val.*\): no derivative\nhint: run"),
         (leave, r"raises SystemExit in fp32 at test_user_code.py:\d+ .*: 5\nhint: run"),
-        (OnlyFp32.apply, "raises TypeError under bf16-mixed at .*: a kernel for fp32 alone\nhint: compute in fp32 there"),
+        (
+            OnlyFp32.apply,
+            "raises TypeError under bf16-mixed at .*: a kernel for fp32 alone\nhint: compute in",
+        ),
         (in_numpy, r"raises TypeError under bf16-mixed at .*in_numpy|np\.tanh.*: Got unsupported ScalarType BFloat16"),
         (fp32_expected, r"raises AssertionError under bf16-mixed at .*: fp32 is expected\nhint: compute in fp32 there"),
     ],

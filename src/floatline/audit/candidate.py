@@ -14,11 +14,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from floatline.audit.exact import Exact
-from floatline.audit.judging import Judged, explained, judge
+from floatline.audit.judging import Judged, explained, harmless, judge
 from floatline.audit.metered import Borders, Metered
 from floatline.audit.modules import callable_modules, candidates, cost_shares, module_of_error, with_ties
 from floatline.audit.patterns import shortest_patterns
@@ -130,13 +130,11 @@ class Lowering:
         """Do it."""
         everything = self._everything()
         self._scale = everything.scale if everything.finite else None
-        metered, judged = self._read(everything.scale if everything.finite else 1.0)
-        if not everything.finite and (scale := self._scale_with_islands(judged, everything)) != 1.0:
-            metered, judged = self._read(scale)
+        metered, judged = self._read(everything.scale) if everything.finite else self._read_infinite(everything)
         costs = dict(cost_shares(self.subject.model, judged))
         known = callable_modules(self.subject.model)
-        flagged = frozenset(r.spot.module for r, j in judged if j.failure is not None)
-        flagged |= self._raising.keys()
+        judged = self._without_harmless(judged, known.keys())
+        flagged = _failing(judged) | self._raising.keys()
         averaging = {name.rpartition(".")[0] for name in metered.stalled_buffers}
         flagged = (flagged | averaging) & known.keys()
         fixed = merged(flagged)
@@ -173,6 +171,17 @@ class Lowering:
             reason=reason,
         )
 
+    def _without_harmless(
+        self, judged: tuple[tuple[Reading, Judged], ...], known: Collection[str]
+    ) -> tuple[tuple[Reading, Judged], ...]:
+        """Pardon modules that fail by decisions alone, if fp32 there changes no bit of loss and gradients."""
+        flagged = _failing(judged) & frozenset(known)
+        for module in sorted(flagged - _failing((r, j) for r, j in judged if not j.decides)):
+            effects = [replace(self.effect(merged(some)), policy="") for some in (flagged, flagged - {module})]
+            if effects[0].finite and effects[0] == effects[1]:
+                judged = tuple((r, harmless(j) if r.spot.module == module and j.decides else j) for r, j in judged)
+        return judged
+
     def _everything(self) -> Effect:
         """Run with everything lowered; modules that raise then are in fp32 from here on."""
         while True:
@@ -198,8 +207,19 @@ class Lowering:
         place = place_of_error(cause)
         self._raising[module] = said + (f" ({place.file}:{place.line})" if place is not None else "")
 
-    def _read(self, scale: float) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
-        metered = self.subject.read(self.policy(()), scale)
+    def _read_infinite(self, everything: Effect) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
+        """Read a step that is not finite, at the loss scale that it would have with the islands that it needs."""
+        if math.isinf(everything.loss_error) and self.subject.backward and Policy.parse(self.base).base.loss_scaling:
+            _, judged = self._read(1.0, backward=False)  # half the time of all
+            effect = self.effect(merged(_failing(judged) & callable_modules(self.subject.model).keys()))
+            if effect.finite:
+                return self._read(min(effect.scale, LARGEST_SCALE))
+        metered, judged = self._read(1.0)
+        scale = self._scale_with_islands(judged, everything)
+        return (metered, judged) if scale == 1.0 else self._read(scale)
+
+    def _read(self, scale: float, *, backward: bool = True) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
+        metered = self.subject.read(self.policy(()), scale, backward=backward)
         small = self._small()
         return metered, tuple(
             (reading, judge(reading, counts=reading.phase != "backward" or reading.spot.module not in small))
@@ -299,3 +319,8 @@ class Lowering:
                 effect = Effect(policy=str(policy), loss_error=math.inf)
             self._known[str(policy)] = effect
         return self._known[str(policy)]
+
+
+def _failing(judged: Iterable[tuple[Reading, Judged]]) -> frozenset[str]:
+    """Return the modules in which an op fails by itself."""
+    return frozenset(reading.spot.module for reading, judgement in judged if judgement.failure is not None)

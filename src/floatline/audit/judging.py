@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from floatline.audit.trials import inside
@@ -47,11 +47,13 @@ class Judged:
         failure: Which way; None where it does not.
         severity: The worst number in units of its threshold; above 1 it fails.
         why: One sentence.
+        decides: It fails by decisions that come out otherwise, and by nothing else.
     """
 
     failure: Failure | None
     severity: float
     why: str = ""
+    decides: bool = False
 
 
 def judge(reading: Reading, *, counts: bool = True) -> Judged:
@@ -148,7 +150,12 @@ def _decisions(reading: Reading) -> list[Judged]:
         return []
     share = reading.flipped_here / reading.decisions
     why = f"{reading.flipped_here} of {reading.decisions} decisions come out otherwise on rounded inputs"
-    return [Judged(failure="rounding", severity=share / FLIPPED, why=why)]
+    return [Judged(failure="rounding", severity=share / FLIPPED, why=why, decides=True)]
+
+
+def harmless(judged: Judged) -> Judged:
+    """Return the judgement of decisions that come out otherwise where nothing of the step hangs on them: a metric."""
+    return replace(judged, failure=None, severity=1.0, why=f"{judged.why}; loss and gradients are the same to the bit")
 
 
 def percent(share: float) -> str:

@@ -1,11 +1,13 @@
 """How sure a verdict is: the same step again with stochastic rounding, and on the other batches.
 
 One run of a step is one draw of its rounding errors. A policy that is within the tolerance by a hair may be outside on
-the next batch. So the step is run again, each time with its roundings drawn anew (dice.py), and the
+the next batch. So the step is run again, each time with its roundings drawn anew (observe/error/stochastic.py), and the
 confidence is the share of runs that come to the same verdict, each run counted, and half a run for either side so that
 a few runs never make certainty:
 
     confidence = (same + 1/2) / (runs + 1)
+
+A step that is not finite is no matter of chance: it is not run again.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ def noise_of(
     Returns:
         The ratios of all runs, the plain one first, and the confidence in what it says.
     """
-    scale = effect.scale if effect.finite else None
     ratios = [effect.ratio(tolerance)]
+    if not effect.finite:
+        return Noise(ratios=tuple(ratios), confidence=1.0)
+    scale = effect.scale
     for batch in range(1, len(exacts)):
         ratios.append(subject.effect(policy, exacts[batch], batch, what="batches", scale=scale).ratio(tolerance))
     for repeat in range(repeats):

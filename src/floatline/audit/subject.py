@@ -182,15 +182,15 @@ class Subject:
         value = self._value(self.model, _fresh(self.batches[batch]))
         return value.reshape(()) if value.numel() == 1 else (value.float() * self._direction(value)).sum()
 
-    def read(self, policy: Policy, scale: float, batch: int = 0) -> Metered:
-        """Run the step under a policy with a meter on it."""
+    def read(self, policy: Policy, scale: float, batch: int = 0, *, backward: bool = True) -> Metered:
+        """Run the step, or its forward alone, under a policy with a meter on it."""
         self.passes.add("metered")
         with (
             self._started(policy) as applied,
             metering(self.model) as meter,
             borders_watched(self.model, meter) as borders,
         ):
-            self._step(applied, batch, scale, meter)
+            self._step(applied, batch, scale, meter, backward=backward)
             with _disable_current_modes():  # looking is no part of the step
                 errors = {name: meter.reached(p.grad) for name, p in self.taking() if p.grad is not None}
                 written = {name: (t.detach().clone(), meter.shadows.of(t).clone()) for name, t in self._named()
@@ -245,7 +245,7 @@ class Subject:
             yield applied
 
     def _step(
-        self, applied: AppliedPrecision, batch: int, scale: float, meter: ErrorMeter | None
+        self, applied: AppliedPrecision, batch: int, scale: float, meter: ErrorMeter | None, *, backward: bool = True
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if meter is not None:
             for name, tensor in self._named():
@@ -255,7 +255,7 @@ class Subject:
         with self._graph(), _told(applied.policy):
             with applied.autocast():
                 value = self._value(self.model, _fresh(self.batches[batch]))
-            if self.backward:
+            if self.backward and backward:
                 self._backward(value, scale, meter)
         with _disable_current_modes():  # looking is no part of the step
             gradients = {name: sampled(p.grad).double() / scale for name, p in self.taking() if p.grad is not None}
