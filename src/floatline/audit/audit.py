@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from floatline.audit.candidate import Lowered, Lowering
+from floatline.audit.candidate import Lowering
 from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
+from floatline.audit.lowered import Lowered
 from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe

@@ -14,19 +14,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from floatline.audit.exact import Exact
 from floatline.audit.judging import Judged, explained, harmless, judge
-from floatline.audit.metered import Borders, Metered
+from floatline.audit.lowered import Lowered
+from floatline.audit.metered import Metered
 from floatline.audit.modules import callable_modules, candidates, cost_shares, module_of_error, with_ties
 from floatline.audit.patterns import shortest_patterns
 from floatline.audit.search import Found, search
 from floatline.audit.settings import NAMES
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
-from floatline.audit.trials import Outcome, Trial, inside, merged
+from floatline.audit.trials import Outcome, inside, merged
 from floatline.audit.user_code import UserCodeError
 from floatline.errors import PrecisionError
 from floatline.observe.error import Reading
@@ -36,64 +37,6 @@ from floatline.precision import Policy
 
 LARGEST_SCALE = 2.0**15
 """The largest loss scale that reaches a loss in fp16: 2^16, where scalers start, is infinite there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lowered:
-    """What one format does to the step, and the policy that is safe with it.
-
-    Attributes:
-        name: "bf16" or "fp16".
-        base: The policy without rules.
-        all_lowered: Its effect.
-        raising: Module -> what it raises in the format, and where; kept in fp32 in all else that is said.
-        judged: Every op with its judgement.
-        gradient_errors: Parameter -> relative error of its gradient with everything lowered.
-        stalled_buffers: Running average -> share of it that stands still.
-        unmeasured: Ops without an exact result.
-        borders: What was seen at the borders of modules.
-        on_cuda: The step ran on a GPU.
-        lowering: What has made this, for further policies.
-        flagged: Modules with an op that fails by itself.
-        islands: Modules that are kept in fp32; None where nothing helps.
-        lowered_again: Modules inside of islands that are not.
-        policy: The string of all that; None where nothing helps.
-        effect: Of that string.
-        found: The search; None where none was needed.
-        trials: Effects of all policies that were tried jointly, in order.
-        costs: Module -> its share of FLOPs.
-        reason: Why these.
-    """
-
-    name: str
-    base: str
-    all_lowered: Effect
-    raising: Mapping[str, str]
-    judged: tuple[tuple[Reading, Judged], ...]
-    gradient_errors: Mapping[str, float]
-    stalled_buffers: Mapping[str, float]
-    unmeasured: Mapping[str, int]
-    borders: Borders
-    on_cuda: bool
-    lowering: Lowering
-    flagged: frozenset[str]
-    islands: frozenset[str] | None
-    lowered_again: frozenset[str]
-    policy: str | None
-    effect: Effect | None
-    found: Found | None
-    trials: tuple[Effect, ...]
-    costs: dict[str, float]
-    reason: str
-
-    def front(self) -> tuple[Trial, ...]:
-        """Return the trials that no other one beats in cost and error, by ascending cost."""
-        trials = sorted(self.found.trials if self.found is not None else (), key=lambda t: (t.cost, t.outcome.error))
-        best: list[Trial] = []
-        for trial in trials:
-            if not best or trial.outcome.error < best[-1].outcome.error:
-                best.append(trial)
-        return tuple(best)
 
 
 def _whatever_the_scale(reading: Reading) -> bool:

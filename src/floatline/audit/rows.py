@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from floatline.audit.candidate import Lowered
 from floatline.audit.exact import Exact
 from floatline.audit.judging import STALLED, Judged
+from floatline.audit.lowered import Lowered
 from floatline.audit.modules import callable_modules
 from floatline.audit.report import ModuleRow, Row
 from floatline.audit.tolerance import Effect

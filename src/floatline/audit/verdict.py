@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from floatline.audit.candidate import Lowered
 from floatline.audit.judging import percent
+from floatline.audit.lowered import Lowered
 from floatline.audit.report import Candidate, Row
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.update_report import UpdateReport
