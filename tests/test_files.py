@@ -28,3 +28,8 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path, write):
     assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(RunDirectoryError, match="it is a directory"):
         write(tmp_path)
+
+
+def test_a_name_that_no_file_can_have_is_one_error(tmp_path):
+    with pytest.raises(RunDirectoryError, match=r"cannot write .*File name too long"):
+        check_writable(tmp_path / ("x" * 300))

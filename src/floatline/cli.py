@@ -64,7 +64,10 @@ def _wait_to_be_ended() -> None:
 
     Who is still here after that time was left alone with the error, and shows it.
     """
-    time.sleep(OTHERS_SHOW_IT_S)
+    try:
+        time.sleep(OTHERS_SHOW_IT_S)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _print_json(value: Any) -> None:

@@ -38,13 +38,18 @@ def check_writable(path: str | Path) -> None:
         RunDirectoryError: It is a directory, a device or a pipe, or lies where nothing may be written.
     """
     path = Path(path)
-    near = next(parent for parent in (path.absolute().parent, *path.absolute().parents) if parent.exists())
+    try:
+        reason = _why_not(path)
+    except OSError as error:  # a name that is too long, a directory that one may not enter
+        reason = error.strerror or str(error)
+    if reason:
+        raise RunDirectoryError(f"cannot write {path}: {reason}", hint="give a path you may write to")
+
+
+def _why_not(path: Path) -> str:
+    near = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
-        reason = "it is a directory"
-    elif path.exists() and not path.is_file():
-        reason = "it is a device or a pipe, not a file"
-    elif not near.is_dir() or not os.access(near, os.W_OK):
-        reason = f"{near} is not a directory that you may write to"
-    else:
-        return
-    raise RunDirectoryError(f"cannot write {path}: {reason}", hint="give a path you may write to")
+        return "it is a directory"
+    if path.exists() and not path.is_file():
+        return "it is a device or a pipe, not a file"
+    return "" if near.is_dir() and os.access(near, os.W_OK) else f"{near} is not a directory that you may write to"

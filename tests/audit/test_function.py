@@ -487,3 +487,16 @@ def test_infinities_that_are_meant_are_no_error():
         return x.masked_fill(x < 0, float("-inf"))
 
     assert fl.audit_function(mask, (normal(100),), hardware="cpu").safe[:1] == ("bf16",)
+
+
+def test_what_it_is_given_and_what_it_closes_over_stays_as_it_is():
+    layer, exact = torch.nn.Linear(4, 4), torch.full((3, 4), 1.1, dtype=torch.float64)
+
+    def overwrite(x):
+        x[0] = 0.0
+        return layer(x.float()).square().sum()
+
+    fl.audit_function(overwrite, (exact,), hardware="cpu", candidates=("bf16",))
+    assert (exact == 1.1).all()
+    fl.audit_function(lambda x: layer(x).square().sum(), (torch.randn(2, 4),), hardware="cpu", backward=True)
+    assert layer.weight.grad is None

@@ -219,3 +219,32 @@ def test_a_sparse_buffer():
             return self.last(self.edges.to_dense() @ self.first(x)).square().mean()
 
     assert fl.audit(Graph(), torch.randn(8, 16), candidates=("bf16",), hardware="l4", repeats=0, probes=0).policy
+
+
+class Teacher(Base):
+    """Moves its teacher by `.data`, which counts up no version, freezes a layer and hooks a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Linear(16, 16).requires_grad_(False)
+
+    def forward(self, x):
+        self.teacher.weight.data.mul_(0.9).add_(self.first.weight.data)
+        loss = self.last(self.first(x) + self.teacher(x)).square().mean()
+        self.first.bias.requires_grad_(False)
+        self.last.weight.register_hook(lambda gradient: gradient * 0.5)
+        return loss
+
+
+def test_what_no_version_tells_is_put_back_too():
+    torch.manual_seed(0)
+    model, x = Teacher(), torch.randn(8, 16)
+    state, before, seen = ModelState(model), model.teacher.weight.clone(), []
+    for _ in range(2):
+        with state.kept():
+            model(x).backward()
+            seen.append(model.last.weight.grad.clone())
+        assert torch.equal(model.teacher.weight, before) and model.first.bias.requires_grad
+    assert torch.equal(*seen)
+    report = fl.audit(model, x, candidates=("bf16",), hardware="cpu", repeats=0, probes=0)
+    assert report.policy == "bf16-mixed" and not any("differ" in note for note in report.notes)

@@ -309,3 +309,63 @@ def test_a_forward_that_takes_gradients(kind: Callable[[float], nn.Module]) -> N
     report = audited(kind(60.0), x)
     assert report.candidates["bf16"].islands in (("energy",), ("energy.phase",))
     assert report.candidates["bf16"].all_lowered.gradient_error > 0.1
+
+
+class Pools(nn.Module):
+    """Attention pooling over few tokens: the gradient of its score's bias is exactly zero, at times in fp32 too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.score, self.head = nn.Linear(16, 16), nn.Linear(16, 1), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.head((self.score(x).softmax(1) * x).sum(1)).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_gradients_that_are_exactly_zero_ask_for_nothing(tokens: int) -> None:
+    for seed in range(6):
+        torch.manual_seed(seed)
+        report = audited(Pools(), torch.randn(8, tokens, 16), hardware="cpu")
+        assert report.policy == "bf16-mixed" and report.fp32.gradient_error < 1e-5
+
+
+class Threshold(nn.Module):
+    """Decides by differences that bf16 cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 64) * 5e-4), nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) > 1.001
+
+
+class Masks(nn.Module):
+    """A metric of its own that nobody uses, and inside a mask that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gain = Threshold(), nn.Parameter(torch.tensor(1.0))
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 64) * 5e-4), nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.share = (nn.functional.linear(x, self.weight, self.bias) > 1.001).float().mean()
+        return x * self.gain * self.inner(x)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.part = nn.Linear(64, 64), Masks()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 0.02 * self.part(x) + 0.1 * self.body(x)).square().mean()
+
+
+def test_a_mask_inside_of_what_has_a_metric_is_not_pardoned_with_it() -> None:
+    torch.manual_seed(0)
+    report = audited(Masked(), torch.randn(256, 64), hardware="cpu", tolerance=0.5)
+    assert "part" in " ".join(report.candidates["bf16"].islands)
+    assert any(row.module == "part.inner" and row.failure == "rounding" for row in report.failures)

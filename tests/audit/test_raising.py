@@ -93,3 +93,25 @@ def test_what_raises_outside_of_modules_is_said():
     with pytest.raises(ModelError, match=r"raises RuntimeError under 16-true.*without overflow") as caught:
         audited(Bare(), torch.randn(2, 8), "fp16", mode="true")
     assert "a module of its own" in str(caught.value)
+
+
+class OnlyFp32(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            raise AssertionError  # says nothing
+        return x * self.weight
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_what_raises_is_kept_high_while_others_are_lowered_alone(others):
+    torch.manual_seed(0)
+    model = nn.Sequential(OnlyFp32(), *(nn.Linear(8, 8) for _ in range(others)))
+    report = fl.audit(model, torch.randn(4, 8), candidates=("bf16",), hardware="cpu", repeats=0)
+    assert report.policy == "bf16-mixed; 0=32"
+    assert "in fp32, for 0 raises in bf16: loss within" in report.verdict
+    changes = [row.loss_change for row in report.modules if row.module in ("1", "2") and row.loss_change is not None]
+    assert len(changes) == others and max(changes) < 0.05

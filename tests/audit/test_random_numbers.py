@@ -76,3 +76,11 @@ def test_runs_that_differ_by_themselves():
 
 def test_runs_that_are_alike():
     assert not randomness(lambda seed: {"y": torch.tensor([1.0, float("nan")])}, 0, "it")
+
+
+def test_devices_that_a_program_does_not_use_keep_their_numbers(monkeypatch):
+    seeded_devices = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_devices.append)
+    model = torch.nn.Linear(8, 4)
+    fl.audit(model, torch.randn(2, 8), candidates=("bf16",), hardware="cpu", mode="true", repeats=1, probes=1)
+    assert not seeded_devices

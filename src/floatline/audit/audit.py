@@ -126,7 +126,7 @@ def audit(
     for low in lowered:
         items = module_candidates(subject.model, low.judged, frozenset())
         scale, half_inputs = low.all_lowered.scale, low.borders.half_inputs
-        alone = probe(subject, exacts[0], low.name, mode, items, probes, allowed, scale, half_inputs)
+        alone = probe(subject, exacts[0], low.name, mode, items, probes, allowed, scale, half_inputs, low.raising)
         sure = _confidences(subject, exacts, low, allowed, repeats)
         rows += rows_of(low)
         modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)
@@ -241,8 +241,7 @@ def _candidate(
 ) -> Candidate:
     runs = format_verdict(target, low.name)
     refused = target.kind == "cuda" and not runs  # a CPU emulates what it lacks
-    seen, more = (exacts[:1], 0) if low.raising else (exacts, repeats)  # what does not run does so every time
-    base = noise_of(subject, seen, Policy.parse(low.base), low.all_lowered, allowed, more)
+    base = noise_of(subject, exacts, Policy.parse(low.base), low.all_lowered, allowed, repeats)
     own = None if low.policy is None else base
     if low.policy not in (None, low.base) and low.effect is not None:
         own = noise_of(subject, exacts, Policy.parse(str(low.policy)), low.effect, allowed, repeats)
@@ -261,6 +260,7 @@ def _candidate(
         reason=low.reason,
         advice=advice_of(low, updates),
         illegal=runs.reason if refused else "",
+        raising=tuple(low.raising),
     )
 
 

@@ -117,12 +117,19 @@ class Lowering:
     def _without_harmless(
         self, judged: tuple[tuple[Reading, Judged], ...], known: Collection[str]
     ) -> tuple[tuple[Reading, Judged], ...]:
-        """Pardon modules that fail by decisions alone, if fp32 there changes no bit of loss and gradients."""
+        """Pardon modules that fail by decisions alone, if fp32 there changes no bit of loss and gradients.
+
+        What else the decisions go into (a counter in a buffer, another output) is not looked at.
+        """
         flagged = _failing(judged) & frozenset(known)
         for module in sorted(flagged - _failing((r, j) for r, j in judged if not j.decides)):
-            effects = [replace(self.effect(merged(some)), policy="") for some in (flagged, flagged - {module})]
+            rest = flagged - {module}
+            if str(self.policy(merged(flagged))) == str(self.policy(merged(rest))):
+                continue  # it is inside of another one, or shares its weight: nothing is seen of it alone
+            effects = [replace(self.effect(merged(some)), policy="") for some in (flagged, rest)]
             if effects[0].finite and effects[0] == effects[1]:
                 judged = tuple((r, harmless(j) if r.spot.module == module and j.decides else j) for r, j in judged)
+                flagged = rest
         return judged
 
     def _everything(self) -> Effect:
@@ -143,7 +150,7 @@ class Lowering:
             UserCodeError: Tensors of two formats meet, or no module can be blamed: a rule helps neither.
         """
         cause = error.__cause__ or error
-        said = str(cause).splitlines()[0]
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         module = module_of_error(cause, callable_modules(self.subject.model))
         if module is None or module in self._raising or any(word in said for word in ("dtype", "scalar type")):
             raise error
@@ -158,6 +165,8 @@ class Lowering:
             if effect.finite:
                 return self._read(min(effect.scale, LARGEST_SCALE))
         metered, judged = self._read(1.0)
+        if not Policy.parse(self.base).base.loss_scaling:
+            return metered, judged
         scale = self._scale_with_islands(judged, everything)
         return (metered, judged) if scale == 1.0 else self._read(scale)
 

@@ -74,11 +74,11 @@ class Exact:
             size, error = float(exact.square().sum()), float(off.square().sum())
             total += size * self.weights[key]
             wrong += error * self.weights[key]
-            if self.sound(key) and self.counts(key):
-                off_by = (error / size) ** 0.5 if size else (float("inf") if error else 0.0)
+            if size and self.sound(key) and self.counts(key):  # what is exactly zero counts in the whole alone
+                off_by = (error / size) ** 0.5
                 if not off_by <= worst:
                     worst, name = off_by, key
-        gradient = (wrong / total) ** 0.5 if total else 0.0
+        gradient = (wrong / total) ** 0.5 if total else (float("inf") if wrong else 0.0)
         clean = [x if x == x else float("inf") for x in (relative_error(value, self.value), gradient, worst)]
         return Effect(
             policy=policy,

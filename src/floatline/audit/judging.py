@@ -61,7 +61,7 @@ def judge(reading: Reading, *, counts: bool = True) -> Judged:
 
     Args:
         reading: What was measured of it.
-        counts: Whether its result matters; where it does not, only an overflow is a failure.
+        counts: Whether its result matters; where it does not, only what is infinitely off is a failure.
     """
     found = [*_range(reading.measure), *_stagnation(reading), *_rounding(reading), *_decisions(reading)]
     worst = max((judged.severity for judged in found), default=0.0)

@@ -44,6 +44,11 @@ class ModelState:
             if id(tensor) not in known:
                 known[id(tensor)] = tensor, tensor.detach().clone()
         self._tensors = list(known.values())
+        self._leaves = [
+            (tensor, tensor.requires_grad, dict(tensor._backward_hooks or {}))
+            for tensor, _ in self._tensors
+            if tensor.is_leaf
+        ]
         self._pinned: dict[int, Any] = {id(thing): thing for thing in self._stay()}
         self._registries = [
             {name: copy.copy(value) for name, value in vars(module).items() if name in _REGISTRIES}
@@ -63,11 +68,14 @@ class ModelState:
             yield from (value for name, value in vars(module).items() if name in _REGISTRIES)
 
     def _copied(self, value: Any, copies: dict[int, Any]) -> Any:
+        tried = dict(copies)
         try:
-            return copy.deepcopy(value, copies)
+            made = copy.deepcopy(value, tried)
         except Exception:  # whatever a class raises that cannot be copied
             self._pinned[id(value)] = value
             return value
+        copies.update(tried)
+        return made
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -79,10 +87,14 @@ class ModelState:
             self._put_back_objects()
             with torch.no_grad():
                 for (tensor, values), stamp in zip(self._tensors, before):
-                    if not _is_as_stamped(tensor, stamp):
+                    if not (_is_as_stamped(tensor, stamp) and _is_equal(tensor, values)):
                         _put_back(tensor, values)
-            for parameter in (tensor for tensor, _ in self._tensors if tensor.is_leaf):
-                parameter.grad = None
+            for tensor, takes, hooks in self._leaves:
+                tensor.grad = None
+                tensor.requires_grad_(takes)
+                if tensor._backward_hooks is not None:
+                    tensor._backward_hooks.clear()
+                    tensor._backward_hooks.update(hooks)
 
     def _put_back_objects(self) -> None:
         attributes = copy.deepcopy(self._attributes, dict(self._pinned))
@@ -128,6 +140,11 @@ def _is_as_stamped(tensor: torch.Tensor, stamp: tuple[int, StorageWeakRef | None
     version, storage = _stamp(tensor)
     was = stamp[1]
     return version == stamp[0] and (was is None or storage is None or storage.cdata == was.cdata)
+
+
+def _is_equal(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Say whether no element differs: a write through `tensor.data` counts up no version."""
+    return tensor.layout != torch.strided or torch.equal(tensor, values)
 
 
 def _put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:

@@ -40,6 +40,7 @@ def probe(
     tolerance: Tolerance,
     scale: float,
     half_inputs: Collection[str] = (),
+    raising: Collection[str] = (),
 ) -> Mapping[str, Effect]:
     """Lower one module at a time.
 
@@ -53,17 +54,19 @@ def probe(
         tolerance: What is allowed.
         scale: Loss scale.
         half_inputs: Modules whose inputs are in the half format when everything is lowered.
+        raising: Modules that raise in the format.
 
     Returns:
         Module -> effect, the most suspected first.
     """
-    ranked = sorted(items, key=lambda item: -item.suspicion)[:most]
+    able = [item for item in items if not inside(item.name, raising)]
+    ranked = sorted(able, key=lambda item: -item.suspicion)[:most]
     found: dict[str, Effect] = {}
     quiet = 0
     for item in ranked:
         if most is not None and quiet == QUIET:
             break
-        policy = _alone(item.name, name, mode, items)
+        policy = _alone(item.name, name, mode, items, raising)
         around = partial(_rounded, subject, item.name, name) if item.name in half_inputs else nullcontext
         try:
             found[item.name] = subject.effect(policy, exact, what="probes", scale=scale, around=around)
@@ -78,9 +81,9 @@ def _rounded(subject: Subject, module: str, name: str) -> AbstractContextManager
     return inputs_rounded(found, DTYPES[name])
 
 
-def _alone(module: str, name: str, mode: str, items: Sequence[Item]) -> Policy:
+def _alone(module: str, name: str, mode: str, items: Sequence[Item], raising: Collection[str]) -> Policy:
     """Return the policy in which all candidates but one are islands; code outside of them stays lowered."""
-    others = sorted(merged(item.name for item in items if not _related(item.name, module)))
+    others = sorted(merged({*raising, *(item.name for item in items if not _related(item.name, module))}))
     return Policy.parse("; ".join([NAMES[name][mode == "true"], *(f"{literal(other)}=32" for other in others)]))
 
 

@@ -32,7 +32,9 @@ def seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
     """
     cuda = [device.index or 0 for device in devices if device.type == "cuda"]
     with python_random_kept(), torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices, in use here or not
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
         random.seed(seed)
         numpy = sys.modules.get("numpy")
         if numpy is not None:
@@ -59,13 +61,22 @@ def randomness(run: Callable[[int], Values], seed: int, who: str, when: str = ""
 
 
 def _same(one: Values, other: Values) -> bool:
-    return one.keys() == other.keys() and all(
-        a.shape == other[name].shape and bool(((a == other[name]) | (a != a)).all()) for name, a in one.items()
-    )
+    return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors are alike, NaN being like NaN."""
+    if one.shape != other.shape:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _off(one: Values, other: Values) -> float:
     """Return the largest distance between two runs; infinite where they gave tensors of other shapes."""
     if one.keys() != other.keys() or any(a.shape != other[name].shape for name, a in one.items()):
         return math.inf
-    return max(float((a.double() - other[name].double()).abs().max()) for name, a in one.items() if a.numel())
+    return max(
+        float((a.double() - other[name].double()).nan_to_num(math.inf).abs().max())
+        for name, a in one.items()
+        if a.numel()
+    )

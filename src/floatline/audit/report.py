@@ -128,6 +128,7 @@ class Candidate:
         reason: Why these islands, or what the model raises.
         advice: What no policy can do: lines to change, the optimizer.
         illegal: Why the hardware does not run it; empty where it does.
+        raising: Modules that raise in the format.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Candidate:
     reason: str
     advice: tuple[str, ...] = ()
     illegal: str = ""
+    raising: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

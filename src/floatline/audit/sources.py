@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from floatline.audit.random_numbers import seeded
 from floatline.audit.user_code import user_code
 from floatline.errors import ConfigError, ModelError
 from floatline.plan.building import config_to_build
@@ -146,8 +147,7 @@ def _with_weights(found: Found, source: Source, task: str | None) -> tuple[nn.Mo
         )
     folder = Path(found.origin)
     if not folder.is_dir() or not any(holds_weights(file) for file in folder.iterdir()):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0, ()):
             return source.work.build_model(), [UNTRAINED]
     from transformers.utils import logging
 

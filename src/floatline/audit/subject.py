@@ -72,9 +72,7 @@ class Subject:
         seed: Of random numbers that the model draws.
 
     Raises:
-        ConfigError: No module, no batch.
-        ModelError: It cannot be copied, has no floating parameters, or its output is no tensor; fp32 is not finite; no
-            gradient arrives.
+        ModelError: It cannot be copied, has no floating parameters, or its output is no tensor; no gradient arrives.
     """
 
     def __init__(
@@ -104,14 +102,15 @@ class Subject:
         with self._started(Policy.parse("32-true")) as applied, metering(self.model, local=False) as meter:
             value, _ = self._step(applied, batch, 1.0, meter)
             shadow = meter.shadows.of(value)
-            gradients, weights, fp32 = {}, {}, {}
+            gradients, weights, fp32, wrong = {}, {}, {}, 0.0
             for name, parameter in self.taking():
                 if parameter.grad is not None:
                     gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
                     weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
                     fp32[name] = relative_error(sampled(parameter.grad), gradients[name])
+                    off = sampled(parameter.grad).double() - gradients[name]
+                    wrong += float(off.square().sum()) * weights[name]
             total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
-            wrong = sum(float(g.square().sum()) * weights[n] * fp32[n] ** 2 for n, g in gradients.items() if total)
             made = Exact(
                 gradient_fp32=(wrong / total) ** 0.5 if total else 0.0,
                 value=shadow.clone(),
@@ -131,7 +130,7 @@ class Subject:
             exact: Of the same batch.
             batch: Which batch.
             what: What the pass is counted as.
-            scale: Loss scale; None takes 2^16 for policies that scale, halved until no gradient overflows.
+            scale: Loss scale; None takes 2^16 for policies that scale, made smaller until no gradient overflows.
             around: Makes a context that the step runs in.
         """
         try:

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from floatline.audit.optimizer_twin import Cut, cut_of, steps_elements_alone
+from floatline.audit.random_numbers import seeded
 from floatline.audit.update_report import UpdateReport, UpdateRow
 from floatline.audit.update_run import UpdateRun, torch_dtype
 from floatline.audit.user_code import user_code
@@ -89,9 +90,7 @@ def audit_updates(
     generator = torch.Generator().manual_seed(seed)
     real = _make_optimizer(optimizer, named)
     rows: list[UpdateRow] = []
-    devices = sorted({p.device.index or 0 for p in known.values() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):  # torchao rounds with torch's own random numbers
-        torch.manual_seed(seed)
+    with seeded(seed, {p.device for p in known.values()}):  # torchao rounds with torch's own random numbers
         cuts = _choose(real, known, unseen, sample, generator)
         if cuts:
             run = UpdateRun(real, cuts, gradients, torch_dtype("fp32" if master else weights), steps, noise, seed)

@@ -42,6 +42,10 @@ def _of(candidate: Candidate, modules: int, rows: Sequence[Row], allowed: Tolera
         text = f"{candidate.base} is safe as it is: {_within(lowered)} of fp64"
     elif not candidate.islands:
         text = f"{candidate.base} is within the tolerance, but {failing} ops outside of modules fail (see the advice)"
+    elif candidate.raising:
+        assert effect is not None
+        text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32, for "
+        text += f"{', '.join(candidate.raising)} raises in {candidate.name}: {_within(effect)} of fp64 with them"
     else:
         assert effect is not None
         text = f"{candidate.base} needs {len(candidate.islands)} of {modules} modules in fp32: "

@@ -1,17 +1,18 @@
 """What a person sees while a plan or an audit is made, on stderr: a moving bar, a line now and then without a terminal.
 
-What the user's own code prints goes there too, for stdout holds the answer alone; and where it changes the working
-directory that is changed back, for the files of the answer have relative names.
+What the user's own Python code prints goes there too, for stdout holds the answer alone; and where it changes the
+working directory that is changed back, for the files of the answer have relative names.
 
 How many trials a search takes is not known before, so the bar says what is tried and how long it has taken.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, redirect_stdout
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,8 +30,13 @@ def planning(console: Console | None = None, word: str = "plan") -> Iterator[Cal
         word: What every line begins with.
     """
     console = console or Console(stderr=True)
-    with redirect_stdout(sys.stderr), chdir("."), _shown(console, word) as progress:
+    with redirect_stdout(sys.stderr), _here(), _shown(console, word) as progress:
         yield progress
+
+
+def _here() -> AbstractContextManager[object]:
+    """Return a context that comes back to this directory; of one that was removed there is no way back."""
+    return chdir(".") if os.path.exists(".") else nullcontext()
 
 
 @contextmanager

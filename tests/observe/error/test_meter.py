@@ -291,3 +291,22 @@ def test_a_fill_of_fp16_with_scores_added_is_no_overflow():
     assert all(r.measure.overflow == 0 for r in meter.readings)
     meter, _ = readings_of(lambda: torch.tensor([-300.0, 3.0]).half() * 300)
     assert any(r.measure.overflow > 0 for r in meter.readings)
+
+
+def test_a_cast_of_a_part_keeps_its_value_when_the_whole_is_written_later():
+    x = torch.ones(8) * 1.001
+
+    def program():
+        part = x[:4].to(torch.bfloat16)
+        x[:4].mul_(3)
+        return part
+
+    meter, out = readings_of(program)
+    assert torch.allclose(meter.shadows.of(out), torch.full((4,), 1.001, dtype=torch.float64), rtol=1e-6)
+
+
+def test_one_value_that_leaves_fp16_is_seen_in_a_large_cast():
+    x = torch.full((200_000,), 0.1)
+    x[123_457] = 1e5
+    meter, _ = readings_of(lambda: x.half())
+    assert next(reading for reading in meter.readings if reading.ran == "_to_copy").measure.overflow > 0

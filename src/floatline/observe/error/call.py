@@ -90,7 +90,8 @@ class Call:
         given = self.args[0] if self.name == "_to_copy" else None
         if given is None or id(given) not in self.exact or given.dtype == torch.float64:
             return None
-        return given if [(t.shape, t.is_floating_point()) for t in results] == [(given.shape, True)] else None
+        there = [(t.shape, t.device, t.is_floating_point()) for t in results]
+        return given if there == [(given.shape, given.device, True)] else None
 
     def sampled(self, results: list[torch.Tensor]) -> Call:
         """Return a cast of a sample of its input."""

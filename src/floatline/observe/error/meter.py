@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from floatline.observe.cost import cost_of
 from floatline.observe.error.call import Call, fit
 from floatline.observe.error.chains import ADDING, Chains
-from floatline.observe.error.measures import HALVES, Measure, measure, relative_error, sampled
+from floatline.observe.error.measures import HALVES, Measure, measure, overflows, relative_error, sampled
 from floatline.observe.error.reading import Reading
 from floatline.observe.error.shadows import Shadows
 from floatline.observe.error.sums import swallowed_share
@@ -142,7 +142,8 @@ class ErrorMeter(TorchDispatchMode):
             if source is not None and self.shadows.share(tensor, source):
                 pass
             elif tensor.is_floating_point() or self.shadows.known(tensor) or not torch.equal(tensor, values):
-                self.shadows.set(tensor, values if tensor.is_floating_point() else values.to(tensor.dtype))
+                own = values if source is None else values.clone()  # a window of the shadow of a part
+                self.shadows.set(tensor, own if tensor.is_floating_point() else own.to(tensor.dtype))
             if noise:
                 self.shadows.mark_noise(tensor)
 
@@ -169,7 +170,7 @@ class ErrorMeter(TorchDispatchMode):
         if not decisions and not (lowered and self._local):
             return False
         flops = cost_of(call.func, call.args, call.kwargs, out)[0]
-        if lowered and call.name == "_to_copy":  # of large weights a sample is cast, not all again
+        if lowered and call.name == "_to_copy" and not _overflows(exact, results):  # a sample of large weights will do
             call, results, exact = call.sampled(results), [sampled(results[0])], [sampled(exact[0])]
         low = call.again(call.exact, None) if lowered and self._local else None
         if low is not None and not fit(low, results):
@@ -233,6 +234,10 @@ class ErrorMeter(TorchDispatchMode):
     def _here(self, name: str) -> Spot:
         user, library = places(self._root)
         return Spot(op=name, module=self.modules[-1], user=user or library, library=library)
+
+
+def _overflows(exact: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
+    return results[0].dtype in HALVES and overflows(exact[0], results[0].dtype)
 
 
 def _shares(tensor: torch.Tensor, others: list[torch.Tensor]) -> bool:
