@@ -33,3 +33,8 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path, write):
 def test_a_name_that_no_file_can_have_is_one_error(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"cannot write .*File name too long"):
         check_writable(tmp_path / ("x" * 300))
+
+
+def test_the_root_is_a_directory():
+    with pytest.raises(RunDirectoryError, match="cannot write /: it is a directory"):
+        check_writable("/")

@@ -47,9 +47,9 @@ def check_writable(path: str | Path) -> None:
 
 
 def _why_not(path: Path) -> str:
-    near = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
         return "it is a directory"
     if path.exists() and not path.is_file():
         return "it is a device or a pipe, not a file"
+    near = next(parent for parent in path.absolute().parents if parent.exists())
     return "" if near.is_dir() and os.access(near, os.W_OK) else f"{near} is not a directory that you may write to"
