@@ -26,7 +26,6 @@ from floatline.audit.candidate import Lowering
 from floatline.audit.exact import Exact
 from floatline.audit.kernels import host_cannot_tell
 from floatline.audit.lowered import Lowered
-from floatline.audit.modules import candidates as module_candidates
 from floatline.audit.noise import noise_of
 from floatline.audit.probes import probe
 from floatline.audit.progress import Progress, ToldPasses
@@ -123,11 +122,9 @@ def audit(
     updates = _updates(subject, model, candidates, mode, optimizer)
     made = {name: _that_does_not_run(name, mode, error) for name, error in raised.items()}
     rows, modules = [], []
-    for low in lowered:
-        items = module_candidates(subject.model, low.judged, frozenset())
-        scale, half_inputs = low.all_lowered.scale, low.borders.half_inputs
-        alone = probe(subject, exacts[0], low.name, mode, items, probes, allowed, scale, half_inputs, low.raising)
-        sure = _confidences(subject, exacts, low, allowed, repeats)
+    for lowering, low in lowered:
+        alone = probe(subject, exacts[0], low, probes, allowed)
+        sure = _confidences(subject, exacts, lowering, low, repeats)
         rows += rows_of(low)
         modules += module_rows(subject.model, low, alone, exacts[0], fp32, sure)
         made[low.name] = _candidate(subject, exacts, low, allowed, target, updates.get(low.name), repeats)
@@ -149,7 +146,7 @@ def audit(
         updates=updates,
         fp8=eights,
         fp8_policy=eight_policy,
-        notes=(*subject.notes, *host_cannot_tell(lowered, target)),
+        notes=(*subject.notes, *host_cannot_tell([low for _, low in lowered], target)),
         passes=dict(subject.passes.count),
         seconds=time.perf_counter() - started,
     )
@@ -174,7 +171,7 @@ def _look_for_randomness(subject: Subject) -> None:
 
 def _exacts(subject: Subject) -> list[Exact]:
     """Return the exact step of each batch."""
-    exacts = [subject.exact(place)[0] for place in range(len(subject.batches))]
+    exacts = [subject.exact(place) for place in range(len(subject.batches))]
     if not math.isfinite(exacts[0].gradient_fp32):
         raise ModelError(
             "the gradients are not finite in fp32 already",
@@ -185,12 +182,13 @@ def _exacts(subject: Subject) -> list[Exact]:
 
 def _lowered(
     subject: Subject, exact: Exact, candidates: Sequence[str], mode: str, allowed: Tolerance, most_trials: int | None
-) -> tuple[list[Lowered], dict[str, UserCodeError]]:
-    """Audit each format; return what came of those that run, and what the others raise. One must run."""
+) -> tuple[list[tuple[Lowering, Lowered]], dict[str, UserCodeError]]:
+    """Audit each format; return those that run with what came of them, and what the others raise. One must run."""
     lowered, raised = [], {}
     for name in candidates:
         try:
-            lowered.append(Lowering(subject, exact, name, mode, allowed, most_trials).run())
+            lowering = Lowering(subject, exact, name, mode, allowed, most_trials)
+            lowered.append((lowering, lowering.run()))
         except UserCodeError as error:
             raised[name] = error
     if not lowered:
@@ -265,16 +263,16 @@ def _candidate(
 
 
 def _confidences(
-    subject: Subject, exacts: Sequence[Exact], low: Lowered, allowed: Tolerance, repeats: int
+    subject: Subject, exacts: Sequence[Exact], lowering: Lowering, low: Lowered, repeats: int
 ) -> dict[str, float]:
     """For each island: how often the policy without it is outside of the tolerance. What fails by itself is sure."""
     islands = low.islands or frozenset()
     sure = dict.fromkeys(islands & low.flagged, 1.0)
     rest = sorted(islands - low.flagged)
     for name in rest[:8]:
-        without = low.lowering.policy(islands - {name}, low.lowered_again)
-        effect = low.lowering.effect(islands - {name}, low.lowered_again)
-        noise = noise_of(subject, exacts, without, effect, allowed, repeats)
+        without = lowering.policy(islands - {name}, low.lowered_again)
+        effect = lowering.effect(islands - {name}, low.lowered_again)
+        noise = noise_of(subject, exacts, without, effect, lowering.tolerance, repeats)
         sure[name] = sum(ratio > 1 for ratio in noise.ratios) / len(noise.ratios)
     return sure
 

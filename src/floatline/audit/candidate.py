@@ -102,7 +102,6 @@ class Lowering:
             unmeasured=metered.unmeasured,
             borders=metered.borders,
             on_cuda=self.subject.device.type == "cuda",
-            lowering=self,
             flagged=flagged,
             islands=islands,
             lowered_again=again,
@@ -159,32 +158,24 @@ class Lowering:
 
     def _read_infinite(self, everything: Effect) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
         """Read a step that is not finite, at the loss scale that it would have with the islands that it needs."""
-        if math.isinf(everything.loss_error) and self.subject.backward and Policy.parse(self.base).base.loss_scaling:
+        if not Policy.parse(self.base).base.loss_scaling:
+            return self._read(1.0)
+        if math.isinf(everything.loss_error) and self.subject.backward:
             _, judged = self._read(1.0, backward=False)  # half the time of all
             effect = self.effect(merged(_failing(judged) & callable_modules(self.subject.model).keys()))
             if effect.finite:
                 return self._read(min(effect.scale, LARGEST_SCALE))
         metered, judged = self._read(1.0)
-        if not Policy.parse(self.base).base.loss_scaling:
-            return metered, judged
         scale = self._scale_with_islands(judged, everything)
         return (metered, judged) if scale == 1.0 else self._read(scale)
 
     def _read(self, scale: float, *, backward: bool = True) -> tuple[Metered, tuple[tuple[Reading, Judged], ...]]:
         metered = self.subject.read(self.policy(()), scale, backward=backward)
-        small = self._small()
+        idle = self.exact.idle
         return metered, tuple(
-            (reading, judge(reading, counts=reading.phase != "backward" or reading.spot.module not in small))
+            (reading, judge(reading, counts=reading.phase != "backward" or reading.spot.module not in idle))
             for reading in metered.readings
         )
-
-    def _small(self) -> frozenset[str]:
-        """Return modules with parameters of their own, of which no gradient counts."""
-        counts: dict[str, bool] = {}
-        for name in self.exact.gradients:
-            module = name.rpartition(".")[0]
-            counts[module] = counts.get(module, False) or self.exact.counts(name)
-        return frozenset(module for module, any_of_it in counts.items() if not any_of_it)
 
     def _scale_with_islands(self, judged: Sequence[tuple[Reading, Judged]], everything: Effect) -> float:
         """Return the loss scale that a scaler would come to once the step is finite; 1 if it never is.

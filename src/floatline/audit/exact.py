@@ -9,6 +9,7 @@ and keys nearly vanish as long as attention is uniform (DETR's decoder at its st
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +57,14 @@ class Exact:
         sizes = {name: float(g.square().sum()) * self.weights[name] for name, g in self.gradients.items()}
         total = sum(sizes.values())
         return {name: (size / total) ** 0.5 for name, size in sizes.items() if size}
+
+    @cached_property
+    def idle(self) -> frozenset[str]:
+        """Modules with parameters of their own, of which no gradient counts."""
+        by_module: dict[str, list[str]] = defaultdict(list)
+        for name in self.gradients:
+            by_module[name.rpartition(".")[0]].append(name)
+        return frozenset(module for module, names in by_module.items() if not any(map(self.counts, names)))
 
     def effect(self, value: torch.Tensor, gradients: Mapping[str, torch.Tensor], policy: str, scale: float) -> Effect:
         """Hold a step against this one.

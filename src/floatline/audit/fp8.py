@@ -30,12 +30,11 @@ from torch import nn
 from floatline.audit.fp8_choice import filter_of, fp8_policy
 from floatline.audit.fp8_rounding import SCHEMES, OperandError, Scheme, operand_error, quantised
 from floatline.audit.fp8_row import KEEP, PER_BLOCK, PER_TENSOR, POLICIES, Fp8Row, ProductError
-from floatline.audit.leaves import leaves_of
+from floatline.audit.leaves import backward_alone
 from floatline.errors import ConfigError, ModelError
 from floatline.observe.error.rounding import round_to
 from floatline.precision import Policy
 from floatline.precision.float8_layers import choose_linears, odd_dims
-from floatline.step.undisturbed import gradients_aside
 from floatline.techniques.adapters.targets import is_transposed_linear
 
 __all__ = ["KEEP", "PER_BLOCK", "PER_TENSOR", "Fp8Row", "ProductError", "filter_of", "fp8_policy", "what_if"]
@@ -63,9 +62,7 @@ def what_if(model: nn.Module, run: Callable[[], torch.Tensor]) -> tuple[Fp8Row, 
     with ExitStack() as hooks:
         for meter in meters.values():
             hooks.callback(meter.module.register_forward_hook(meter.seen, with_kwargs=True).remove)
-        loss = _scalar(run())
-        with gradients_aside(leaves_of(loss)):
-            loss.backward()
+        backward_alone(_scalar(run()))
     kept = {s: choose_linears(model, Policy(name), {}).kept for s, name in POLICIES.items()}
     ran = [meter for meter in meters.values() if meter.tokens]
     flops = sum(meter.flops for meter in ran)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from floatline.audit.judging import Judged
 from floatline.audit.metered import Borders
@@ -12,9 +11,6 @@ from floatline.audit.search import Found
 from floatline.audit.tolerance import Effect
 from floatline.audit.trials import Trial
 from floatline.observe.error import Reading
-
-if TYPE_CHECKING:
-    from floatline.audit.candidate import Lowering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +28,6 @@ class Lowered:
         unmeasured: Ops without an exact result.
         borders: What was seen at the borders of modules.
         on_cuda: The step ran on a GPU.
-        lowering: What has made this, for further policies.
         flagged: Modules with an op that fails by itself.
         islands: Modules that are kept in fp32; None where nothing helps.
         lowered_again: Modules inside of islands that are not.
@@ -54,7 +49,6 @@ class Lowered:
     unmeasured: Mapping[str, int]
     borders: Borders
     on_cuda: bool
-    lowering: Lowering
     flagged: frozenset[str]
     islands: frozenset[str] | None
     lowered_again: frozenset[str]

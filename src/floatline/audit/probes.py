@@ -9,14 +9,15 @@ softmax by hand computes in the format that it is given.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from floatline.audit.exact import Exact
+from floatline.audit.lowered import Lowered
 from floatline.audit.metered import inputs_rounded
+from floatline.audit.modules import candidates
 from floatline.audit.patterns import literal
-from floatline.audit.settings import NAMES
 from floatline.audit.subject import Subject
 from floatline.audit.tolerance import Effect, Tolerance
 from floatline.audit.trials import Item, inside, merged
@@ -30,44 +31,30 @@ HARDLY = 0.1
 """Error in units of the tolerance below which a module by itself hardly matters."""
 
 
-def probe(
-    subject: Subject,
-    exact: Exact,
-    name: str,
-    mode: str,
-    items: Sequence[Item],
-    most: int | None,
-    tolerance: Tolerance,
-    scale: float,
-    half_inputs: Collection[str] = (),
-    raising: Collection[str] = (),
-) -> Mapping[str, Effect]:
+def probe(subject: Subject, exact: Exact, low: Lowered, most: int | None, tolerance: Tolerance) -> Mapping[str, Effect]:
     """Lower one module at a time.
 
     Args:
         subject: What is audited.
         exact: The step in fp64.
-        name: "bf16" or "fp16".
-        mode: "mixed" or "true".
-        items: The candidates.
+        low: The audit of the format. Modules that raise in it stay in fp32.
         most: Modules to run at most; None for all.
         tolerance: What is allowed.
-        scale: Loss scale.
-        half_inputs: Modules whose inputs are in the half format when everything is lowered.
-        raising: Modules that raise in the format.
 
     Returns:
         Module -> effect, the most suspected first.
     """
-    able = [item for item in items if not inside(item.name, raising)]
+    items = candidates(subject.model, low.judged, frozenset())
+    able = [item for item in items if not inside(item.name, low.raising)]
     ranked = sorted(able, key=lambda item: -item.suspicion)[:most]
     found: dict[str, Effect] = {}
     quiet = 0
     for item in ranked:
         if most is not None and quiet == QUIET:
             break
-        policy = _alone(item.name, name, mode, items, raising)
-        around = partial(_rounded, subject, item.name, name) if item.name in half_inputs else nullcontext
+        half = item.name in low.borders.half_inputs
+        around = partial(_rounded, subject, item.name, low.name) if half else nullcontext
+        policy, scale = _alone(item.name, low, items), low.all_lowered.scale
         try:
             found[item.name] = subject.effect(policy, exact, what="probes", scale=scale, around=around)
         except PrecisionError:  # shares a weight with a module of the other format
@@ -81,10 +68,10 @@ def _rounded(subject: Subject, module: str, name: str) -> AbstractContextManager
     return inputs_rounded(found, DTYPES[name])
 
 
-def _alone(module: str, name: str, mode: str, items: Sequence[Item], raising: Collection[str]) -> Policy:
+def _alone(module: str, low: Lowered, items: Sequence[Item]) -> Policy:
     """Return the policy in which all candidates but one are islands; code outside of them stays lowered."""
-    others = sorted(merged({*raising, *(item.name for item in items if not _related(item.name, module))}))
-    return Policy.parse("; ".join([NAMES[name][mode == "true"], *(f"{literal(other)}=32" for other in others)]))
+    others = sorted(merged({*low.raising, *(item.name for item in items if not _related(item.name, module))}))
+    return Policy.parse("; ".join([low.base, *(f"{literal(other)}=32" for other in others)]))
 
 
 def _related(one: str, other: str) -> bool:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from floatline.audit.fp16_products import FP16Products
 from floatline.audit.fp32_lines import FP32Lines, Line
-from floatline.audit.leaves import leaves_of
+from floatline.audit.leaves import backward_alone
 from floatline.audit.outputs import Tensors, outputs_of, path_name
 from floatline.audit.random_numbers import seeded
 from floatline.audit.subject import SCALE, Passes
@@ -33,7 +33,6 @@ from floatline.errors import ConfigError, ModelError
 from floatline.hardware import Hardware
 from floatline.observe.error import ErrorMeter, Reading, metering
 from floatline.observe.target import cuda_autocast
-from floatline.step.undisturbed import gradients_aside
 
 GRADIENT = "gradient of "
 
@@ -226,9 +225,7 @@ class Program:
         assert isinstance(total, torch.Tensor)
         if meter is not None:
             meter.enter("backward")
-        loss, own = total * scale, {id(inputs[name]) for name in self.floats}
-        with gradients_aside(leaf for leaf in leaves_of(loss) if id(leaf) not in own):  # weights that it closes over
-            loss.backward()
+        backward_alone(total * scale, (inputs[name] for name in self.floats))
         found = {name: inputs[name].grad for name in self.floats}
         return {GRADIENT + name: gradient for name, gradient in found.items() if gradient is not None}
 

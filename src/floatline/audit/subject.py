@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from floatline.audit.buffers import stalled_buffers
 from floatline.audit.exact import Exact
 from floatline.audit.fp16_products import FP16Products
-from floatline.audit.leaves import leaves_of
+from floatline.audit.leaves import backward_alone
 from floatline.audit.metered import Metered, borders_watched
 from floatline.audit.model_copy import copied
 from floatline.audit.model_state import ModelState
@@ -40,7 +40,6 @@ from floatline.observe.target import cuda_autocast
 from floatline.precision import Policy
 from floatline.precision.apply import AppliedPrecision, apply_precision
 from floatline.step.batch import call_model, move
-from floatline.step.undisturbed import gradients_aside
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 SCALE = 2.0**16
@@ -96,30 +95,28 @@ class Subject:
 
     # Runs
 
-    def exact(self, batch: int = 0) -> tuple[Exact, ErrorMeter]:
+    def exact(self, batch: int = 0) -> Exact:
         """Run the step in fp32 with shadows, and return the exact one."""
         self.passes.add("exact")
         with self._started(Policy.parse("32-true")) as applied, metering(self.model, local=False) as meter:
-            value, _ = self._step(applied, batch, 1.0, meter)
-            shadow = meter.shadows.of(value)
-            gradients, weights, fp32, wrong = {}, {}, {}, 0.0
-            for name, parameter in self.taking():
-                if parameter.grad is not None:
-                    gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
-                    weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
-                    fp32[name] = relative_error(sampled(parameter.grad), gradients[name])
-                    off = sampled(parameter.grad).double() - gradients[name]
-                    wrong += float(off.square().sum()) * weights[name]
-            total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
-            made = Exact(
-                gradient_fp32=(wrong / total) ** 0.5 if total else 0.0,
-                value=shadow.clone(),
-                gradients=gradients,
-                weights=weights,
-                fp32=fp32,
-                loss_fp32=relative_error(value.detach(), shadow),
-            )
-        return made, meter
+            value, found = self._step(applied, batch, 1.0, meter)
+            with _disable_current_modes():  # looking is no part of the step
+                shadow = meter.shadows.of(value).clone()
+                gradients, weights = {}, {}
+                for name, parameter in self.taking():
+                    if parameter.grad is not None:
+                        gradients[name] = sampled(meter.shadows.of(parameter.grad)).clone()
+                        weights[name] = parameter.numel() / max(gradients[name].numel(), 1)
+        total = sum(float(g.square().sum()) * weights[n] for n, g in gradients.items())
+        wrong = sum(float((found[n] - g).square().sum()) * weights[n] for n, g in gradients.items())
+        return Exact(
+            gradient_fp32=(wrong / total) ** 0.5 if total else 0.0,
+            value=shadow,
+            gradients=gradients,
+            weights=weights,
+            fp32={name: relative_error(found[name], exact) for name, exact in gradients.items()},
+            loss_fp32=relative_error(value.detach(), shadow),
+        )
 
     def effect(self, policy: Policy, exact: Exact, batch: int = 0, *, what: str = "joint", scale: float | None = None,
                around: Callable[[], Any] = nullcontext) -> Effect:  # fmt: skip
@@ -280,9 +277,7 @@ class Subject:
         loss = total.float() * scale  # as GradScaler: the scale is fp32
         if meter is not None:
             meter.enter("backward")
-        own = {id(parameter) for parameter in self.model.parameters()}
-        with gradients_aside(leaf for leaf in leaves_of(loss) if id(leaf) not in own):  # a loss's own weights
-            loss.backward()
+        backward_alone(loss, self.model.parameters())
 
     def _direction(self, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
